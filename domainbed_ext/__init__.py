@@ -1,0 +1,1 @@
+"""The domain-generalization protocol: data sets, splits, sweeps, records, selection and tables."""
