@@ -1,0 +1,1 @@
+"""The data sets: embedded, fetched and on the disk, all in DomainBed's form."""
