@@ -1,0 +1,118 @@
+"""Expert capacity: how many tokens an expert may take, and which choices are dropped beyond it.
+
+A plan-to-plan function: no dispatcher knows about capacity. Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gmoe_ltdr.routing import Routing, expert_rank
+
+
+def expert_capacity(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    capacity_factor: float,
+    *,
+    convention: Literal["tutel", "vmoe", "deepspeed"] = "tutel",
+    min_capacity: int = 0,
+) -> int:
+    """Slots per expert.
+
+    Args:
+        num_tokens: Tokens that are routed.
+        num_experts: Experts they are routed to.
+        top_k: Experts per ordinary token; extra experts of tail tokens do not enlarge the buffers.
+        capacity_factor: 1 leaves just enough slots for perfectly balanced routing.
+        convention: "tutel" is GMoE's, k * int(cf * ceil(T/E)); "vmoe" is ceil(cf * T * k / E) rounded
+            up to a multiple of 4; "deepspeed" is ceil(T/E * k * cf), at least `min_capacity`.
+        min_capacity: Lower bound, for "deepspeed".
+
+    Raises:
+        ValueError: Not a positive factor, or "vmoe" with no slot at all.
+    """
+    if capacity_factor <= 0:
+        raise ValueError(
+            f"capacity_factor={capacity_factor} must be positive; None means that nothing is dropped"
+        )
+    if convention == "tutel":
+        return top_k * int(capacity_factor * math.ceil(num_tokens / num_experts))
+    slots = math.ceil(num_tokens / num_experts * top_k * capacity_factor)
+    if convention == "deepspeed":
+        return max(slots, min_capacity)
+    if slots < 1:
+        raise ValueError(
+            f"num_tokens={num_tokens}, num_experts={num_experts} and "
+            f"capacity_factor={capacity_factor} leave no slot per expert"
+        )
+    return math.ceil(slots / 4) * 4
+
+
+def limit_to_capacity(
+    routing: Routing,
+    capacity: int,
+    *,
+    prioritised: bool = True,
+    renormalize: bool = False,
+) -> Routing:
+    """Drop the choices that find their expert full.
+
+    Slots are filled choice by choice: all first choices, then all second choices, and so on; the
+    extra choices of tail tokens form the last levels. A dropped choice contributes nothing; a token
+    that lost all its choices leaves the layer as zero.
+
+    Args:
+        routing: The plan before capacity.
+        capacity: Slots per expert.
+        prioritised: Within a level, tokens with the highest top probability first (batch-prioritised
+            routing, V-MoE); otherwise in token order.
+        renormalize: Weights of the surviving choices sum to 1 again (DeepSpeed). Tutel leaves them.
+
+    Returns:
+        A plan whose `requested_mask_TE` is the mask that came in.
+    """
+    mask_TE = routing.dispatch_mask_TE
+    with torch.no_grad():
+        selection_TE = routing.selection_logits_TE
+        rank_TE = expert_rank(selection_TE)
+        kept_TE = mask_TE & (
+            _slot(mask_TE, rank_TE, selection_TE, prioritised=prioritised) < capacity
+        )
+    weights_TE = routing.combine_weights_TE * kept_TE
+    if renormalize:
+        total_T1 = weights_TE.sum(-1, keepdim=True)
+        weights_TE = weights_TE / total_T1.clamp(min=torch.finfo(torch.float32).eps)
+    return replace(
+        routing,
+        dispatch_mask_TE=kept_TE,
+        combine_weights_TE=weights_TE,
+        requested_mask_TE=routing.selected_mask_TE,
+    )
+
+
+def _slot(mask_TE: Tensor, rank_TE: Tensor, selection_TE: Tensor, *, prioritised: bool) -> Tensor:
+    """Position of every choice in its expert's queue, int64 (T, E)."""
+    num_tokens, num_experts = mask_TE.shape
+    if prioritised:
+        top_prob_T = selection_TE.softmax(-1).amax(-1)
+        order_T = top_prob_T.argsort(descending=True, stable=True)
+    else:
+        order_T = torch.arange(num_tokens, device=mask_TE.device)
+    mask_TE, rank_TE = mask_TE[order_T], rank_TE[order_T]
+    slot_TE = torch.zeros_like(rank_TE)
+    taken_E = rank_TE.new_zeros(num_experts)
+    for level in range(num_experts):
+        level_TE = mask_TE & (rank_TE == level)
+        queue_TE = level_TE.long().cumsum(0) - 1 + taken_E
+        slot_TE = torch.where(level_TE, queue_TE, slot_TE)
+        taken_E = taken_E + level_TE.sum(0)
+    restored_TE = torch.empty_like(slot_TE)
+    restored_TE[order_T] = slot_TE
+    return restored_TE

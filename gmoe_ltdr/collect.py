@@ -1,0 +1,69 @@
+"""Gather what the routers of a model decided, from outside.
+
+Modules keep nothing of a forward: a graph tensor left on a module breaks `copy.deepcopy` (and with
+it weight averaging), and counts kept in a module double under activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gmoe_ltdr.moe import MoE
+from gmoe_ltdr.routers import Router
+from gmoe_ltdr.routing import Routing
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The model's MoE layers by name, in depth order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+@contextmanager
+def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
+    """Collect every layer's `Routing` of one forward, keyed by layer name, in depth order.
+
+    Leave the context before `backward()`.
+
+        with collect_routing(model) as routings:
+            logits = model(images)
+        loss = cross_entropy(logits, labels) + balance_loss(routings, spec)
+
+    Raises:
+        RuntimeError: On a second forward inside one context, or when a layer runs inside a reentrant
+            activation checkpoint, whose collected tensors would carry no gradient.
+    """
+    routings: dict[str, Routing] = {}
+    grad_was_enabled = torch.is_grad_enabled()
+
+    def hook_of(name: str):
+        def keep(router: Router, _inputs, routing: Routing) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # recomputed by activation checkpointing during backward
+            if router.training and grad_was_enabled and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"layer {name!r} ran without gradients although collect_routing was entered "
+                    "with them: use activation checkpointing with use_reentrant=False, or enter "
+                    "torch.no_grad() before collect_routing"
+                )
+            if name in routings:
+                raise RuntimeError(
+                    f"layer {name!r} routed twice inside one collect_routing; collect one forward "
+                    "at a time"
+                )
+            routings[name] = routing
+
+        return keep
+
+    handles = [
+        module.router.register_forward_hook(hook_of(name))
+        for name, module in moe_layers(model).items()
+    ]
+    try:
+        yield routings
+    finally:
+        for handle in handles:
+            handle.remove()

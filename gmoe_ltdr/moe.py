@@ -1,0 +1,89 @@
+"""The MoE layer: route, dispatch, compute, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gmoe_ltdr.dispatch import create_dispatcher
+from gmoe_ltdr.experts import StackedExperts
+from gmoe_ltdr.routers import create_router
+from gmoe_ltdr.routing import Modality, TokenContext
+from gmoe_ltdr.spec import MoESpec
+
+
+class VisionContext:
+    """`context_of` of a plain ViT: every token is a vision token, nobody has to say so.
+
+    Args:
+        num_prefix_tokens: Class and register tokens at the head of every image.
+    """
+
+    def __init__(self, num_prefix_tokens: int = 0):
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def __call__(self, x: Tensor) -> TokenContext:
+        batch, length = (x.shape[:-1].numel() // x.shape[-2], x.shape[-2]) if x.dim() > 1 else (1, 1)
+        return TokenContext.all_vision(
+            batch, length, num_prefix_tokens=self.num_prefix_tokens, device=x.device
+        )
+
+
+class MoE(nn.Module):
+    """A sparse mixture of feed-forward experts: Tensor (..., dim) to Tensor (..., dim).
+
+    Fits the `mlp` slot of timm's `Block`. What the router decided is gathered from outside, with
+    `collect_routing`.
+
+    Args:
+        dim: Width of the tokens.
+        hidden_dim: Hidden width of each expert.
+        spec: How many experts, which router, and so on.
+        act_layer: Activation of the experts.
+        bias: Whether the two linear layers of an expert have biases.
+        context_of: From the layer's input (B, L, dim) to the `TokenContext` of its tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        spec: MoESpec,
+        *,
+        act_layer: type[nn.Module] = nn.GELU,
+        bias: tuple[bool, bool] = (True, True),
+        context_of: Callable[[Tensor], TokenContext] | None = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.context_of = context_of or VisionContext()
+        self.router = create_router(dim, spec)
+        self.dispatcher = create_dispatcher(spec.dispatcher)
+        options = {"dropout": spec.expert_dropout, "act_layer": act_layer, "bias": bias}
+        self.experts = StackedExperts(spec.num_experts, dim, hidden_dim, **options)
+        self.shared_experts = None
+        if spec.shared_experts:
+            self.shared_experts = StackedExperts(spec.shared_experts, dim, hidden_dim, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens_TD = x.reshape(-1, x.shape[-1])
+        routing = self.router(tokens_TD, self.context_of(x))
+        dispatched = self.dispatcher.dispatch(tokens_TD, routing)
+        expert_out_ND = self.experts(dispatched.tokens_ND, dispatched.tokens_per_expert_e)
+        out_TD = self.dispatcher.combine(expert_out_ND, dispatched)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self._shared(tokens_TD, ~routing.of(Modality.PADDING))
+        return out_TD.view(x.shape)
+
+    def _shared(self, tokens_TD: Tensor, real_T: Tensor) -> Tensor:
+        """Sum of the shared experts, on every token that is not padding."""
+        num_shared, num_tokens = self.shared_experts.num_experts, tokens_TD.shape[0]
+        out_TD = self.shared_experts(tokens_TD.repeat(num_shared, 1), [num_tokens] * num_shared)
+        out_TD = out_TD.view(num_shared, num_tokens, -1).sum(0)
+        return torch.where(real_T.unsqueeze(-1), out_TD, torch.zeros_like(out_TD))
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"num_experts={spec.num_experts}, top_k={spec.top_k}, router={spec.router!r}"

@@ -1,0 +1,278 @@
+"""Each token chooses its experts: GMoE, LTDR and LTDR's ablations are settings of this router.
+
+The paper's two modules are two arguments of `route`. Vision-specific dynamic expert activation
+(VsDEA, "EEA" in v1) is `tail_top_k` and `tail_rule`; the modality-specific distribution-aware router
+(MsDaR, "DAR") is not here at all: it is which tokens the balance loss looks at
+(`MoESpec.balanced_modalities`).
+
+Shapes: B images, L tokens per image, T = B * L, D width, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmoe_ltdr.capacity import expert_capacity, limit_to_capacity
+from gmoe_ltdr.gates import GATES
+from gmoe_ltdr.routers.base import Router, register_router
+from gmoe_ltdr.routing import Modality, Routing, TokenContext, expert_rank
+from gmoe_ltdr.spec import OPTIONS, MoESpec
+from gmoe_ltdr.tail import TailRule, mean_rpv, routing_probability_variance, tail_tokens
+
+Weighting = Literal["renormalize", "raw", "softmax_of_probs"]
+
+_ROUTER_OPTIONS = {
+    "second_expert": ("argmax", "gumbel"),
+    "eval_capacity": ("none", "batch"),
+    "prioritised": (True, False),
+    "renormalize_after_capacity": (True, False),
+    "capacity_convention": ("tutel", "vmoe", "deepspeed"),
+    "min_capacity": None,
+}
+_EMA_DECAY = 0.99
+
+
+def route(
+    logits_TE: Tensor,
+    modality_BL: Tensor,
+    *,
+    top_k: int,
+    tail_top_k: int,
+    tail_rule: TailRule,
+    weighting: Weighting,
+    noise_TE: Tensor | None = None,
+    scope: str | None = None,
+    is_cls_BL: Tensor | None = None,
+    attention_BL: Tensor | None = None,
+    threshold: Tensor | None = None,
+    gumbel_TE: Tensor | None = None,
+) -> Routing:
+    """One LTDR routing decision (Eq. 6, 7, 9, 11, 12), as a pure function.
+
+    Args:
+        logits_TE: Clean gate logits, float32.
+        modality_BL: Values of `Modality`; padding is not dispatched.
+        top_k: Experts of an ordinary token.
+        tail_top_k: Experts of a tail token; equal to `top_k`, nothing is tail-specific.
+        tail_rule: Which tokens are tail tokens.
+        weighting: How chosen experts are weighted, see `MoESpec.weighting`.
+        noise_TE: Gate noise; selection and weights see it, the tail rule does not (unless it says
+            `source="noisy"`).
+        scope: Overrides `tail_rule.scope`.
+        is_cls_BL: Class and register tokens, for `tail_rule.cls`.
+        attention_BL: For `TailRule(kind="attention")`.
+        threshold: Ready threshold, instead of the mean over this call's tokens.
+        gumbel_TE: Gumbel noise; the second expert is then the best of the rest under
+            logits + noise, as in DeepSpeed 0.9.5. For top_k = 2.
+    """
+    probs_TE = logits_TE.softmax(-1)
+    selection_TE = logits_TE if noise_TE is None else logits_TE + noise_TE
+    selection_probs_TE = probs_TE if noise_TE is None else selection_TE.softmax(-1)
+
+    with torch.no_grad():
+        modality_T = modality_BL.reshape(-1)
+        candidates_BL = modality_BL == int(tail_rule.candidate_modality)
+        if tail_top_k > top_k and tail_rule.kind != "none":
+            rpv_TE = probs_TE if tail_rule.source == "clean" else selection_probs_TE
+            rpv_T = routing_probability_variance(rpv_TE, unbiased=tail_rule.unbiased)
+            tail_T = tail_tokens(
+                rpv_T.view(modality_BL.shape),
+                candidates_BL,
+                tail_rule,
+                scope=scope,
+                is_cls_BL=is_cls_BL,
+                attention_BL=attention_BL,
+                threshold=threshold,
+            ).reshape(-1)
+        else:
+            tail_T = torch.zeros_like(modality_T, dtype=torch.bool)
+
+        rank_TE = expert_rank(selection_TE)
+        if gumbel_TE is not None:
+            rest_TE = (selection_TE + gumbel_TE).masked_fill(rank_TE == 0, -torch.inf)
+            second_TE = F.one_hot(rest_TE.argmax(-1), rest_TE.shape[-1]).bool()
+            second_rank_T1 = torch.where(second_TE, rank_TE, 0).sum(-1, keepdim=True)
+            moved_TE = (rank_TE >= 1) & (rank_TE < second_rank_T1)
+            rank_TE = torch.where(second_TE, 1, rank_TE + moved_TE)
+        quota_T = torch.where(tail_T, tail_top_k, top_k)
+        quota_T = torch.where(modality_T == int(Modality.PADDING), 0, quota_T)
+        mask_TE = rank_TE < quota_T.unsqueeze(-1)
+
+    return Routing(
+        logits_TE=logits_TE,
+        probs_TE=probs_TE,
+        dispatch_mask_TE=mask_TE,
+        combine_weights_TE=expert_weights(selection_probs_TE, mask_TE, weighting),
+        modality_T=modality_T,
+        tail_mask_T=tail_T,
+        noisy_logits_TE=None if noise_TE is None else selection_TE,
+        shape_BL=(modality_BL.shape[0], modality_BL.shape[1]),
+    )
+
+
+def expert_weights(probs_TE: Tensor, mask_TE: Tensor, weighting: Weighting) -> Tensor:
+    """Combine weights of the chosen experts, zero elsewhere. Float32 (T, E).
+
+    A token with one expert keeps its raw probability whatever the weighting: a constant 1 would
+    leave its router without gradient.
+    """
+    raw_TE = probs_TE * mask_TE
+    if weighting == "raw":
+        return raw_TE
+    if weighting == "renormalize":
+        shared_TE = raw_TE / raw_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(raw_TE.dtype).tiny)
+    else:
+        exp_TE = probs_TE.exp() * mask_TE
+        shared_TE = exp_TE / exp_TE.sum(-1, keepdim=True).clamp(min=1.0)
+    several_T1 = mask_TE.sum(-1, keepdim=True) > 1
+    return torch.where(several_T1, shared_TE, raw_TE)
+
+
+@register_router("token_choice")
+class TokenChoiceRouter(Router):
+    """Gate, noise, tail rule, top-k, weights, capacity.
+
+    `MoESpec.router_options` understood here: `second_expert` ("argmax", "gumbel"), `prioritised`
+    (batch-prioritised dropping, on), `eval_capacity` ("none": evaluation drops nothing, so that an
+    image's logits do not depend on its batch mates; "batch": as in training, GMoE read literally),
+    `renormalize_after_capacity` (DeepSpeed), `capacity_convention`, `min_capacity`, and those of the
+    losses (`gmoe_ltdr.spec.OPTIONS`).
+    """
+
+    def __init__(self, dim: int, spec: MoESpec):
+        super().__init__(dim, spec)
+        _check_options(spec)
+        self.gate = GATES[spec.gate](dim, spec.num_experts)
+        rule = spec.tail_rule
+        if spec.activates_tail and "ema" in (rule.scope, rule.eval_scope):
+            # double, as the threshold is compared in double; NaN until the first training batch
+            self.register_buffer("mean_rpv", torch.tensor(math.nan, dtype=torch.float64))
+        if spec.activates_tail and rule.kind == "learned":
+            # softplus(x) = 1: training starts at the paper's rule
+            self.threshold_factor = nn.Parameter(torch.tensor(math.log(math.expm1(1.0))))
+
+    def forward(self, tokens_TD: Tensor, context: TokenContext) -> Routing:
+        spec, rule = self.spec, self.spec.tail_rule
+        with torch.autocast(tokens_TD.device.type, enabled=False):
+            logits_TE = self.gate(tokens_TD)
+            noise_TE = None
+            if self.training and spec.noise_std > 0:
+                noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
+            gumbel_TE = None
+            if spec.router_options.get("second_expert") == "gumbel":
+                gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
+
+            scope = rule.scope if self.training else rule.eval_scope
+            tail_on = spec.activates_tail and (self.training or rule.in_eval)
+            threshold = self._threshold(logits_TE, context, scope) if tail_on else None
+            routing = route(
+                logits_TE,
+                context.modality_BL,
+                top_k=spec.top_k,
+                tail_top_k=spec.resolved_tail_top_k if tail_on else spec.top_k,
+                tail_rule=rule,
+                weighting=spec.weighting,
+                noise_TE=noise_TE,
+                scope="batch" if scope == "ema" else scope,
+                is_cls_BL=context.is_cls_BL,
+                attention_BL=context.attention_BL,
+                threshold=None if threshold is None else threshold.detach(),
+                gumbel_TE=gumbel_TE,
+            )
+            if rule.kind == "learned" and threshold is not None and self.training:
+                routing = self._straight_through(routing, threshold)
+            return self._limit(routing)
+
+    def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: str) -> Tensor | None:
+        """Thresholds that need the router's state; None where `tail_tokens` computes its own."""
+        rule = self.spec.tail_rule
+        if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and scope != "ema"):
+            return None
+        with torch.no_grad():
+            modality_BL = context.modality_BL
+            candidates_BL = modality_BL == int(rule.candidate_modality)
+            if context.is_cls_BL is not None and rule.cls != "vision":
+                candidates_BL = candidates_BL & ~context.is_cls_BL
+            rpv_T = routing_probability_variance(logits_TE.softmax(-1), unbiased=rule.unbiased)
+            mean = mean_rpv(
+                rpv_T.view(modality_BL.shape),
+                candidates_BL,
+                scope="batch" if scope == "ema" else scope,
+            )
+            if scope == "ema":
+                mean = self._running_mean(mean.reshape(()))
+        if rule.kind == "learned":
+            return F.softplus(self.threshold_factor) * mean
+        return mean
+
+    def _running_mean(self, batch_mean: Tensor) -> Tensor:
+        """In training the batch's own mean, which also moves the running one; else the latter."""
+        if not self.training:
+            # before any training batch there is nothing else to compare with
+            return torch.where(self.mean_rpv.isnan(), batch_mean, self.mean_rpv)
+        if not _in_backward():  # activation checkpointing runs forward again: count it once
+            moved = _EMA_DECAY * self.mean_rpv + (1 - _EMA_DECAY) * batch_mean
+            moved = torch.where(self.mean_rpv.isnan(), batch_mean, moved)
+            self.mean_rpv.copy_(torch.where(batch_mean.isnan(), self.mean_rpv, moved))
+        return batch_mean
+
+    def _straight_through(self, routing: Routing, threshold: Tensor) -> Routing:
+        """Let the learned threshold see how the loss changes between head and tail weights."""
+        rpv_BL = routing_probability_variance(routing.probs_TE).view(routing.shape_BL).detach()
+        scale = threshold.detach().clamp(min=1e-12)
+        soft_T1 = torch.sigmoid((rpv_BL - threshold) / scale).reshape(-1, 1).float()
+        probs_TE = routing.selection_logits_TE.softmax(-1)
+        head_mask_TE = expert_rank(routing.selection_logits_TE) < self.spec.top_k
+        head_TE = expert_weights(probs_TE, head_mask_TE, self.spec.weighting)
+        tail_mask_TE = expert_rank(routing.selection_logits_TE) < self.spec.resolved_tail_top_k
+        tail_TE = expert_weights(probs_TE, tail_mask_TE, self.spec.weighting)
+        slope_TE = (tail_TE - head_TE).detach() * (soft_T1 - soft_T1.detach())
+        weights_TE = routing.combine_weights_TE + slope_TE * routing.dispatch_mask_TE
+        return Routing(**{**vars(routing), "combine_weights_TE": weights_TE})
+
+    def _limit(self, routing: Routing) -> Routing:
+        spec, options = self.spec, self.spec.router_options
+        if spec.capacity_factor is None:
+            return routing
+        if not self.training and options.get("eval_capacity", "none") == "none":
+            return routing
+        capacity = expert_capacity(
+            routing.logits_TE.shape[0],
+            spec.num_experts,
+            spec.top_k,
+            spec.capacity_factor,
+            convention=options.get("capacity_convention", "tutel"),
+            min_capacity=options.get("min_capacity", 0),
+        )
+        return limit_to_capacity(
+            routing,
+            capacity,
+            prioritised=options.get("prioritised", True),
+            renormalize=options.get("renormalize_after_capacity", False),
+        )
+
+
+def _check_options(spec: MoESpec) -> None:
+    known = {**OPTIONS, **_ROUTER_OPTIONS}
+    for name, value in spec.router_options.items():
+        if name not in known:
+            raise ValueError(
+                f"router {spec.router!r} has no option {name!r}; it has {', '.join(sorted(known))}"
+            )
+        choices = known[name]
+        if choices is not None and value not in choices:
+            raise ValueError(f"router_options[{name!r}]={value!r} is not one of {choices}")
+    if spec.router_options.get("second_expert") == "gumbel" and spec.top_k != 2:
+        raise ValueError(
+            f"second_expert='gumbel' chooses the second of two experts, but top_k={spec.top_k}"
+        )
+
+
+def _in_backward() -> bool:
+    """Whether this forward is a recomputation by activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1

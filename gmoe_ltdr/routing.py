@@ -1,0 +1,152 @@
+"""The routing decision as a value: which experts each token goes to, and with what weights.
+
+Legend (whole package): B rows of the batch (images), L tokens per row, T = B * L tokens, D model
+width, F expert hidden width, E experts, N routed copies of tokens, ordered expert by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """What a token is. A plain ViT has vision tokens only, its class token included."""
+
+    LANGUAGE = 0
+    VISION = 1
+    PADDING = 2  # never dispatched, never counted, in no loss
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What a layer cannot see in its tokens: their modality, their image, and side information.
+
+    Attributes:
+        modality_BL: uint8 (B, L), values of `Modality`. Its shape says which tokens share an image:
+            one row is one image (or one sequence).
+        is_cls_BL: bool (B, L), the class and register tokens of a ViT; None when there are none.
+        attention_BL: float (B, L), how much the class token (or the instruction) attends to each
+            token; for selection by attention (IAT).
+        domain_B: int64 (B,), training environment of each image, for routers that want it.
+        embedding_BD: float (B, *), one embedding per image, for routers that want it.
+    """
+
+    modality_BL: Tensor
+    is_cls_BL: Tensor | None = None
+    attention_BL: Tensor | None = None
+    domain_B: Tensor | None = None
+    embedding_BD: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.modality_BL.dim() != 2:
+            raise ValueError(
+                f"modality must have shape (batch, tokens), got {tuple(self.modality_BL.shape)}"
+            )
+        for name in ("is_cls_BL", "attention_BL"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.modality_BL.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, "
+                    f"but modality has {tuple(self.modality_BL.shape)}"
+                )
+
+    @classmethod
+    def all_vision(cls, batch: int, length: int, *, num_prefix_tokens: int = 0, device=None):
+        """Context of a plain ViT: every token is a vision token.
+
+        Args:
+            batch: Number of images.
+            length: Tokens per image, class and register tokens included.
+            num_prefix_tokens: How many leading tokens of each image are class or register tokens.
+            device: Where the masks live.
+        """
+        modality_BL = torch.full(
+            (batch, length), int(Modality.VISION), dtype=torch.uint8, device=device
+        )
+        is_cls_BL = None
+        if num_prefix_tokens:
+            is_cls_BL = torch.arange(length, device=device) < num_prefix_tokens
+            is_cls_BL = is_cls_BL.expand(batch, length)
+        return cls(modality_BL=modality_BL, is_cls_BL=is_cls_BL)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for T = B * L tokens. A row of the mask holds any number of experts.
+
+    Attributes:
+        logits_TE: float32, clean (before gate noise).
+        probs_TE: float32, softmax of the clean logits; carries the gradient of the balance losses.
+        dispatch_mask_TE: bool, which experts compute which token, capacity already applied.
+        combine_weights_TE: float32, zero outside the mask. Rows sum to 1 unless the weighting is
+            "raw", one expert was chosen, or capacity dropped a choice.
+        modality_T: uint8, values of `Modality`.
+        tail_mask_T: bool, tokens that were given more experts (the vision tail tokens).
+        noisy_logits_TE: what the selection saw; None when there was no gate noise.
+        requested_mask_TE: the mask before capacity; None when there is no capacity.
+        shape_BL: (B, L), to fold T back into images.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    dispatch_mask_TE: Tensor
+    combine_weights_TE: Tensor
+    modality_T: Tensor
+    tail_mask_T: Tensor
+    noisy_logits_TE: Tensor | None = None
+    requested_mask_TE: Tensor | None = None
+    shape_BL: tuple[int, int] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits_TE.shape[-1]
+
+    @property
+    def selection_logits_TE(self) -> Tensor:
+        """The logits that chose the experts: noisy in training with gate noise, else clean."""
+        return self.logits_TE if self.noisy_logits_TE is None else self.noisy_logits_TE
+
+    @property
+    def selected_mask_TE(self) -> Tensor:
+        """The choices before capacity dropped any."""
+        return self.dispatch_mask_TE if self.requested_mask_TE is None else self.requested_mask_TE
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        return self.dispatch_mask_TE.sum(0)
+
+    @property
+    def experts_per_token_T(self) -> Tensor:
+        return self.dispatch_mask_TE.sum(1)
+
+    @property
+    def num_assignments(self) -> int:
+        return int(self.dispatch_mask_TE.sum())
+
+    def of(self, *modalities: Modality) -> Tensor:
+        """Bool (T,): which tokens belong to one of `modalities`."""
+        mask_T = torch.zeros_like(self.modality_T, dtype=torch.bool)
+        for modality in modalities:
+            mask_T = mask_T | (self.modality_T == int(modality))
+        return mask_T
+
+    def detach(self) -> Routing:
+        """The same decision without its graph: for statistics that outlive a step."""
+        tensors = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+def expert_rank(logits_TE: Tensor) -> Tensor:
+    """Place of every expert in its token's order of preference, 0 first. Int64 (T, E).
+
+    Equal logits are ordered by expert index, so that replays agree; `torch.topk` promises no order.
+    """
+    better_TEE = logits_TE.unsqueeze(-2) > logits_TE.unsqueeze(-1)
+    experts_E = torch.arange(logits_TE.shape[-1], device=logits_TE.device)
+    earlier_EE = experts_E.unsqueeze(0) < experts_E.unsqueeze(1)
+    tied_TEE = (logits_TE.unsqueeze(-2) == logits_TE.unsqueeze(-1)) & earlier_EE
+    return (better_TEE | tied_TEE).sum(-1)

@@ -1,0 +1,137 @@
+"""Upcycling: turn the feed-forward networks of a dense ViT into mixtures of experts, in place.
+
+Every expert starts as a copy of the dense network. With weights that sum to 1 (`renormalize` or
+`softmax_of_probs`, top_k of at least 2) the model computes the same function as before; with one
+expert per token, or `raw` weights, the sparse layers' output is scaled by the gate (GMoE does so).
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from gmoe_ltdr.collect import moe_layers
+from gmoe_ltdr.moe import MoE, VisionContext
+from gmoe_ltdr.routing import TokenContext
+from gmoe_ltdr.spec import MoESpec
+
+
+class AttentionContext(VisionContext):
+    """`context_of` with the class token's attention, for `TailRule(kind="attention")` (IAT).
+
+    Registered as a forward hook of the block's attention, it recomputes one row of its attention
+    map (the class token's, averaged over heads) and hands it to the MoE layer of the same block.
+    The scores are detached and kept until the next forward, so that activation checkpointing finds
+    them again.
+    """
+
+    def __init__(self, num_prefix_tokens: int):
+        super().__init__(num_prefix_tokens)
+        self._attention_BL: Tensor | None = None
+
+    @torch.no_grad()
+    def watch(self, attention: nn.Module, inputs: tuple[Tensor, ...], _output) -> None:
+        x_BLD = inputs[0]
+        batch, length, _ = x_BLD.shape
+        heads = attention.num_heads
+        query, key, _ = attention.qkv(x_BLD).reshape(batch, length, 3, heads, -1).unbind(2)
+        query_BHd = attention.q_norm(query[:, 0]).float()
+        key_BLHd = attention.k_norm(key).float()
+        logits_BHL = torch.einsum("bhd,blhd->bhl", query_BHd, key_BLHd) * attention.scale
+        self._attention_BL = logits_BHL.softmax(-1).mean(1)
+
+    def __call__(self, x: Tensor) -> TokenContext:
+        plain = super().__call__(x)
+        scores = self._attention_BL
+        if scores is None or scores.shape != plain.modality_BL.shape:
+            raise RuntimeError("the attention of this block has not run on these tokens")
+        return TokenContext(plain.modality_BL, plain.is_cls_BL, attention_BL=scores)
+
+
+def upcycle_(model: nn.Module, spec: MoESpec) -> nn.Module:
+    """Replace the MLPs of `spec.layers` by MoE layers, each expert a copy of the MLP it replaces.
+
+    Args:
+        model: A timm VisionTransformer, or any module with `blocks` whose items have an `mlp`.
+        spec: The sparse model.
+
+    Returns:
+        The same model, changed in place. Nothing is changed when an error is raised.
+
+    Raises:
+        TypeError: The model has no `blocks`, or a block's MLP is not timm's plain `Mlp`.
+        ValueError: The model is sparse already, or a layer index does not exist.
+    """
+    blocks = getattr(model, "blocks", None)
+    if blocks is None or not len(blocks) or not all(hasattr(b, "mlp") for b in blocks):
+        raise TypeError(
+            f"{type(model).__name__} has no `blocks` with an `mlp` each; upcycle_ needs a "
+            "transformer like timm's VisionTransformer"
+        )
+    if moe_layers(model):
+        raise ValueError(f"the model is sparse already: {', '.join(moe_layers(model))}")
+    indices = spec.block_indices(len(blocks))
+    for index in indices:
+        _check_mlp(blocks[index].mlp, name=f"blocks.{index}.mlp")
+    if spec.tail_rule.kind == "attention":
+        for index in indices:
+            _check_attention(model, blocks[index], name=f"blocks.{index}.attn")
+
+    for index in indices:
+        block = blocks[index]
+        block.mlp = _sparse_copy(block, spec, num_prefix_tokens=_num_prefix_tokens(model))
+    return model
+
+
+def _sparse_copy(block: nn.Module, spec: MoESpec, *, num_prefix_tokens: int) -> MoE:
+    mlp = block.mlp
+    if spec.tail_rule.kind == "attention":
+        context_of = AttentionContext(num_prefix_tokens)
+        block.attn.register_forward_hook(context_of.watch)
+    else:
+        context_of = VisionContext(num_prefix_tokens)
+    moe = MoE(
+        mlp.fc1.in_features,
+        mlp.fc1.out_features,
+        spec,
+        act_layer=type(mlp.act),
+        bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None),
+        context_of=context_of,
+    )
+    moe.experts.act = mlp.act  # with its own settings, e.g. the tanh approximation of GELU
+    moe.experts.copy_from_dense_(mlp.fc1, mlp.fc2)
+    if moe.shared_experts is not None:
+        moe.shared_experts.act = mlp.act
+        moe.shared_experts.copy_from_dense_(mlp.fc1, mlp.fc2)
+    moe.experts.to(mlp.fc1.weight.device, mlp.fc1.weight.dtype)
+    moe.to(mlp.fc1.weight.device)
+    moe.train(mlp.training)
+    return moe
+
+
+def _check_mlp(mlp: nn.Module, *, name: str) -> None:
+    if type(mlp) is not Mlp:
+        raise TypeError(
+            f"{name} is a {type(mlp).__name__}; upcycle_ copies timm's plain Mlp "
+            "(two linear layers), so choose a model or layers with it"
+        )
+    if not isinstance(mlp.norm, nn.Identity):
+        raise TypeError(f"{name} normalises its hidden layer, which experts do not")
+    if not isinstance(mlp.fc1, nn.Linear) or not isinstance(mlp.fc2, nn.Linear):
+        raise TypeError(f"{name} is convolutional; upcycle_ copies linear layers")
+
+
+def _check_attention(model: nn.Module, block: nn.Module, *, name: str) -> None:
+    if _num_prefix_tokens(model) < 1:
+        raise ValueError(
+            "selection by attention (IAT) asks what the class token attends to, "
+            "but this model has none; use another TailRule"
+        )
+    attention = getattr(block, "attn", None)
+    if not all(hasattr(attention, part) for part in ("qkv", "q_norm", "k_norm", "num_heads")):
+        raise TypeError(f"{name} is not timm's Attention, so its attention map cannot be read")
+
+
+def _num_prefix_tokens(model: nn.Module) -> int:
+    return int(getattr(model, "num_prefix_tokens", 0))
