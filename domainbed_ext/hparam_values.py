@@ -1,0 +1,255 @@
+"""Which values a hyper-parameter can take, what it means, and what to say when a value is impossible.
+
+One table for all algorithms: a name means the same everywhere. `hparams.py` holds defaults and random draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from domainbed_ext.errors import UsageError
+
+
+class Values(Protocol):
+    """A set of possible values."""
+
+    meaning: str
+
+    def describe(self) -> str:
+        """The possible values, in words that end the sentence "expected ..."."""
+        ...
+
+    def checked(self, value: object) -> Any:
+        """The value, as the type this set has; raises ValueError when it is not in the set."""
+        ...
+
+
+@dataclass(frozen=True)
+class Flag:
+    """true or false."""
+
+    meaning: str
+
+    def describe(self) -> str:
+        return "true or false"
+
+    def checked(self, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number from `low` to `high`."""
+
+    meaning: str
+    low: int = 0
+    high: int | None = None
+
+    def describe(self) -> str:
+        return f"a whole number {_range(self.low, self.high)}"
+
+    def checked(self, value: object) -> int:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or not _inside(value, self.low, self.high)
+        ):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from `low` to `high`, where either end can be excluded. Integers are taken as floats."""
+
+    meaning: str
+    low: float = 0.0
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+
+    def describe(self) -> str:
+        low = f"above {self.low:g}" if self.low_open else f"of at least {self.low:g}"
+        high = (
+            ""
+            if self.high is None
+            else f" and {'below' if self.high_open else 'at most'} {self.high:g}"
+        )
+        return f"a number {low}{high}"
+
+    def checked(self, value: object) -> float:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise ValueError
+        edge = (self.low_open and value == self.low) or (self.high_open and value == self.high)
+        if edge or not _inside(value, self.low, self.high):
+            raise ValueError
+        return float(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    meaning: str
+    choices: tuple[str, ...]
+
+    def describe(self) -> str:
+        return "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
+
+    def checked(self, value: object) -> str:
+        if value not in self.choices:
+            raise ValueError
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Name:
+    """Any non-empty text."""
+
+    meaning: str
+
+    def describe(self) -> str:
+        return "a name in quotes"
+
+    def checked(self, value: object) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The name of a placement, or the block indices themselves."""
+
+    meaning: str
+    choices: tuple[str, ...] = ("gmoe", "every_other", "last_two")
+
+    def describe(self) -> str:
+        named = ", ".join(f'"{choice}"' for choice in self.choices)
+        return f"one of {named}, or a list of different block indices such as [8, 10]"
+
+    def checked(self, value: object) -> str | list[int]:
+        if isinstance(value, str) and value in self.choices:
+            return value
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError
+        if any(
+            isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in value
+        ):
+            raise ValueError
+        if len(set(value)) != len(value):
+            raise ValueError
+        return list(value)
+
+
+VALUES: dict[str, Values] = {
+    # DomainBed's own
+    "data_augmentation": Flag("augment the training images"),
+    "resnet18": Flag("ResNet-18 instead of ResNet-50"),
+    "resnet50_augmix": Flag("ResNet-50 weights trained with AugMix"),
+    "dinov2": Flag("DINOv2 features (with vit)"),
+    "vit": Flag("a ViT featurizer instead of a ResNet"),
+    "vit_attn_tune": Flag("train the ViT's attention only"),
+    "freeze_bn": Flag("keep BatchNorm in evaluation mode"),
+    "lars": Flag("the LARS optimizer"),
+    "linear_steps": Integer("steps of linear probing first"),
+    "resnet_dropout": Number("dropout after the ResNet", high=1.0, high_open=True),
+    "vit_dropout": Number("dropout after the ViT", high=1.0, high_open=True),
+    "class_balanced": Flag("draw each class equally often"),
+    "nonlinear_classifier": Flag("a three-layer classifier"),
+    "lr": Number("learning rate", low_open=True),
+    "weight_decay": Number("weight decay"),
+    "batch_size": Integer("images per training domain and step", low=1),
+    # the ViT algorithms
+    "backbone": Name("timm name of the dense model"),
+    "pretrained": Flag("start from the backbone's published weights"),
+    "augmentation": Choice("recipe of the training images", ("domainbed", "style", "none")),
+    "optimizer": Choice("optimizer", ("adam", "adamw")),
+    "schedule": Choice("course of the learning rate", ("constant", "cosine", "one_cycle")),
+    "schedule_steps": Integer("length of that course; 0: the run's number of steps"),
+    "warmup_fraction": Number("part of the course that warms up", high=1.0, high_open=True),
+    "label_smoothing": Number("label smoothing", high=1.0, high_open=True),
+    "drop_path": Number("stochastic depth of the last block", high=1.0, high_open=True),
+    "grad_clip": Number("largest gradient norm; 0: off"),
+    "ema_decay": Number("decay of the weights' moving average; 0: off", high=1.0, high_open=True),
+    "precision": Choice("arithmetic of the network", ("fp32", "bf16")),
+    "eval_batch_size": Integer("images per evaluation batch", low=1),
+    # the mixtures of experts
+    "moe_num_experts": Integer("experts per sparse block", low=1),
+    "moe_top_k": Integer("experts per token", low=1),
+    "moe_layers": Layers("which blocks are sparse"),
+    "moe_gate": Choice("how a token scores the experts", ("cosine", "linear")),
+    "moe_weighting": Choice(
+        "weights of the chosen experts", ("renormalize", "raw", "softmax_of_probs")
+    ),
+    "moe_noise_std": Number("gate noise in training, before division by the number of experts"),
+    "moe_expert_dropout": Number("dropout inside an expert", high=1.0, high_open=True),
+    "moe_capacity_factor": Number("room per expert, as a multiple of a fair share; 0: no limit"),
+    "moe_balance_weight": Number("weight of the load-balancing loss"),
+    "moe_dispatcher": Choice("how tokens reach their experts", ("local", "all_to_all", "tutel")),
+    "ltdr_tail_top_k": Integer("experts per tail token; 0: all of them"),
+    "ltdr_tail_scope": Choice(
+        "tokens that set the tail threshold in training", ("batch", "image", "global", "ema")
+    ),
+    "ltdr_eval_tail_scope": Choice("tokens that set it in evaluation", ("image", "batch", "ema")),
+    "ltdr_selection": Choice(
+        "which tokens get more experts", ("vtt", "vht", "vtt_fixed", "vtt_learned", "iat")
+    ),
+    "ltdr_selection_fraction": Number(
+        "their share, for vtt_fixed and iat", high=1.0, low_open=True
+    ),
+}
+
+
+def check_value(name: str, value: object) -> Any:
+    """The value of a known hyper-parameter, or a UsageError that names it, its value and what is possible."""
+    values = VALUES[name]
+    try:
+        return values.checked(value)
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"hparam {name}={_shown(value)} is impossible; expected {values.describe()}"
+        ) from None
+
+
+def check_together(hparams: Mapping[str, Any]) -> None:
+    """Refuses values that are possible one by one but not side by side. Looks only at the names present."""
+    num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
+    tail_top_k = hparams.get("ltdr_tail_top_k")
+    if num_experts is not None and top_k is not None and top_k > num_experts:
+        raise UsageError(
+            f"hparam moe_top_k={top_k} exceeds moe_num_experts={num_experts}; lower moe_top_k or add experts"
+        )
+    if tail_top_k and num_experts is not None and tail_top_k > num_experts:
+        raise UsageError(
+            f"hparam ltdr_tail_top_k={tail_top_k} exceeds moe_num_experts={num_experts}; lower it, or pass 0 for all"
+        )
+    if tail_top_k and top_k is not None and tail_top_k < top_k:
+        raise UsageError(
+            f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: a tail token would get fewer experts "
+            "than others; raise it, or pass 0 for all experts"
+        )
+
+
+def _inside(value: float, low: float, high: float | None) -> bool:
+    return value >= low and (high is None or value <= high)
+
+
+def _range(low: int, high: int | None) -> str:
+    return f"of at least {low}" if high is None else f"from {low} to {high}"
+
+
+def _shown(value: object) -> str:
+    words = {True: "true", False: "false"}
+    if isinstance(value, bool):
+        return words[value]
+    return "null" if value is None else repr(value)

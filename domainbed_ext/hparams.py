@@ -1,0 +1,376 @@
+"""Hyper-parameters: every algorithm's names, defaults and random draws.
+
+As in DomainBed, a sweep's hparams seed 0 means the defaults and any other seed a random draw, and each hyper-parameter
+is drawn from its own generator, seeded by its name. So adding one never changes the draws of the others. ERM is
+DomainBed's to the last digit. The ViT algorithms share one grid among themselves, so that a dense ViT and its sparse
+twins are tuned alike. Why that grid is narrower than the one GMoE was published with is told in docs/domainbed.md.
+
+This module needs no torch: the command lines that only read records stay fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainbed_ext.errors import UsageError
+from domainbed_ext.hparam_values import check_together, check_value
+from domainbed_ext.seeds import seed_hash
+
+Draw = Callable[[np.random.RandomState], Any]
+
+# Row order of tables: DomainBed's algorithms in its order, then ours.
+UPSTREAM_ALGORITHMS: tuple[str, ...] = tuple(
+    "ERM ERMPlusPlus Fish IRM GroupDRO Mixup MLDG CORAL MMD DANN CDANN MTL SagNet ARM VREx RSC SD ANDMask SANDMask IGA "
+    "SelfReg Fishr TRM IB_ERM IB_IRM CAD CondCAD Transfer CausIRL_CORAL CausIRL_MMD EQRM RDM ADRMX URM".split()
+)
+VIT_ALGORITHMS: tuple[str, ...] = ("ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
+ALGORITHM_ORDER: tuple[str, ...] = UPSTREAM_ALGORITHMS + VIT_ALGORITHMS
+TAIL_ALGORITHMS: tuple[str, ...] = ("GMOE_EEA", "LTDR")
+
+SMALL_IMAGES: tuple[str, ...] = (
+    "Debug28",
+    "RotatedMNIST",
+    "ColoredMNIST",
+    "RotatedDigits",
+    "ColoredDigits",
+)
+
+# Learning rate and weight decay of the GMoE recipe; other data sets take PACS's.
+BENCHMARK_LR_AND_WEIGHT_DECAY: dict[str, tuple[float, float]] = {
+    "PACS": (3e-5, 1e-6),
+    "VLCS": (3e-5, 1e-6),
+    "OfficeHome": (1e-5, 1e-6),
+    "TerraIncognita": (5e-5, 1e-4),
+    "DomainNet": (5e-5, 0.0),
+}
+
+_FROM_SCRATCH: dict[str, Any] = {
+    "pretrained": False,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+}
+_DIGITS = {
+    **_FROM_SCRATCH,
+    "backbone": "vit_dim64_patch4_16",
+    "batch_size": 53,
+    "augmentation": "none",
+}
+_MNIST = {
+    **_FROM_SCRATCH,
+    "backbone": "vit_dim64_patch4_28",
+    "batch_size": 64,
+    "augmentation": "none",
+}
+_EMOJI = {
+    **_FROM_SCRATCH,
+    "backbone": "vit_dim128_stem8_48",
+    "batch_size": 32,
+    "augmentation": "style",
+    "schedule": "one_cycle",
+    "label_smoothing": 0.1,
+    "ema_decay": 0.0,
+}
+# Where the ViT algorithms start from scratch on small images: what differs from the benchmarks' defaults.
+SMALL_DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Debug28": {**_MNIST, "batch_size": 8},
+    "Debug224": {
+        **_FROM_SCRATCH,
+        "backbone": "vit_tiny_patch16_224",
+        "batch_size": 4,
+        "augmentation": "none",
+    },
+    "RotatedMNIST": _MNIST,
+    "ColoredMNIST": _MNIST,
+    "RotatedDigits": _DIGITS,
+    "ColoredDigits": _DIGITS,
+    "EmojiDG": _EMOJI,
+    "EmojiDG6": _EMOJI,
+}
+
+
+@dataclass(frozen=True)
+class HParam:
+    """One hyper-parameter of one algorithm on one data set.
+
+    Attributes:
+        name: Its key in --hparams and in the records.
+        default: Its value for hparams seed 0.
+        draw: A random value from a generator of its own.
+    """
+
+    name: str
+    default: Any
+    draw: Draw
+
+    def random(self, seed: int) -> Any:
+        """The value for a seed; independent of every other hyper-parameter."""
+        return self.draw(np.random.RandomState(seed_hash(seed, self.name)))
+
+
+def registered_hparams(algorithm: str, dataset: str) -> list[HParam]:
+    """All hyper-parameters of an algorithm on a data set, in order."""
+    if algorithm == "ERM":
+        return _erm(dataset)
+    if algorithm not in VIT_ALGORITHMS:
+        raise UsageError(
+            f"unknown algorithm {algorithm!r}{_did_you_mean(algorithm, ('ERM', *VIT_ALGORITHMS))}"
+        )
+    hparams = _vit(dataset)
+    if algorithm != "ERM_ViT":
+        hparams += _moe(algorithm)
+    if algorithm in TAIL_ALGORITHMS:
+        hparams += _tail()
+    return hparams
+
+
+def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
+    """The defaults, which a sweep's hparams seed 0 stands for."""
+    return {hparam.name: hparam.default for hparam in registered_hparams(algorithm, dataset)}
+
+
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
+    """A random draw. Training passes `seed_hash(hparams_seed, trial_seed)`, as DomainBed does."""
+    return {hparam.name: hparam.random(seed) for hparam in registered_hparams(algorithm, dataset)}
+
+
+def hparam_pairs(algorithm: str, dataset: str, seed: int) -> dict[str, tuple[Any, Any]]:
+    """(default, random value) by name: the form of DomainBed's own registry, for use beside a checkout of it."""
+    return {
+        hparam.name: (hparam.default, hparam.random(seed))
+        for hparam in registered_hparams(algorithm, dataset)
+    }
+
+
+def hparam_names(algorithm: str, dataset: str) -> list[str]:
+    """The keys that --hparams takes for an algorithm."""
+    return [hparam.name for hparam in registered_hparams(algorithm, dataset)]
+
+
+def parse_hparams(json_text: str | None, algorithm: str, dataset: str) -> dict[str, Any]:
+    """The overrides given as --hparams, checked.
+
+    Args:
+        json_text: A JSON object such as `{"lr": 1e-4, "moe_num_experts": 4}`; None or "" mean none.
+        algorithm: The algorithm that is to take them.
+        dataset: And on which data set.
+
+    Returns:
+        Only what was given. An integer given for a float comes back as a float.
+    """
+    return validate_hparams(_read_object(json_text), algorithm, dataset)
+
+
+def validate_hparams(hparams: Mapping[str, Any], algorithm: str, dataset: str) -> dict[str, Any]:
+    """Checks names, types, ranges and combinations; a subset of the names is fine.
+
+    Returns:
+        The hyper-parameters, integers given for floats turned into floats.
+    """
+    known = hparam_names(algorithm, dataset)
+    for name in hparams:
+        if name not in known:
+            raise UsageError(
+                f"unknown hparam {name!r} for algorithm {algorithm}{_did_you_mean(name, known)}"
+            )
+    checked = {name: check_value(name, value) for name, value in hparams.items()}
+    check_together(checked)
+    return checked
+
+
+def split_hparams(
+    json_text: str | None, algorithms: Sequence[str], dataset: str
+) -> dict[str, str | None]:
+    """What of --hparams each algorithm of a sweep is to get.
+
+    A key that no algorithm takes is refused; a key that only some take reaches only those. An algorithm that takes
+    all keys gets the very text that was given, since the text is part of the name of a job's folder.
+
+    Returns:
+        For each algorithm the JSON text to pass on, or None when nothing of it concerns the algorithm.
+    """
+    given = _read_object(json_text)
+    takes = {algorithm: set(hparam_names(algorithm, dataset)) for algorithm in algorithms}
+    known = sorted(set().union(*takes.values()))
+    for name in given:
+        if name not in known:
+            which = (
+                f"algorithm {algorithms[0]}"
+                if len(algorithms) == 1
+                else f"any of {', '.join(algorithms)}"
+            )
+            raise UsageError(f"unknown hparam {name!r} for {which}{_did_you_mean(name, known)}")
+    texts: dict[str, str | None] = {}
+    for algorithm in algorithms:
+        own = {name: value for name, value in given.items() if name in takes[algorithm]}
+        validate_hparams(own, algorithm, dataset)
+        texts[algorithm] = (
+            (json_text if len(own) == len(given) else json.dumps(own)) if own else None
+        )
+    return texts
+
+
+def order_algorithms(names: Iterable[str]) -> list[str]:
+    """Names in the order of table rows: the known ones first, then others as they came."""
+    unique = list(dict.fromkeys(names))
+    return [name for name in ALGORITHM_ORDER if name in unique] + [
+        n for n in unique if n not in ALGORITHM_ORDER
+    ]
+
+
+def _erm(dataset: str) -> list[HParam]:
+    small = dataset in SMALL_IMAGES
+    if small:
+        batch_size, draw_batch_size = 64, _power_of_two(3, 9)
+    elif dataset == "DomainNet":
+        batch_size, draw_batch_size = 32, _power_of_two(3, 5)
+    else:
+        batch_size, draw_batch_size = 32, _power_of_two(3, 5.5)
+    return [
+        _fixed("data_augmentation", True),
+        _fixed("resnet18", False),
+        _fixed("resnet50_augmix", True),
+        _fixed("dinov2", False),
+        _fixed("vit", False),
+        _fixed("vit_attn_tune", False),
+        _fixed("freeze_bn", False),
+        _fixed("lars", False),
+        _fixed("linear_steps", 500),
+        HParam("resnet_dropout", 0.0, _one_of(0.0, 0.1, 0.5)),
+        HParam("vit_dropout", 0.0, _one_of(0.0, 0.1, 0.5)),
+        _fixed("class_balanced", False),
+        _fixed("nonlinear_classifier", False),
+        HParam(
+            "lr",
+            1e-3 if small else 5e-5,
+            _log_uniform(-4.5, -2.5) if small else _log_uniform(-5, -3.5),
+        ),
+        _fixed("weight_decay", 0.0) if small else HParam("weight_decay", 0.0, _log_uniform(-6, -2)),
+        HParam("batch_size", batch_size, draw_batch_size),
+    ]
+
+
+def _vit(dataset: str) -> list[HParam]:
+    lr, weight_decay = BENCHMARK_LR_AND_WEIGHT_DECAY.get(
+        dataset, BENCHMARK_LR_AND_WEIGHT_DECAY["PACS"]
+    )
+    hparams = [
+        _fixed("data_augmentation", True),
+        _fixed("class_balanced", False),
+        _fixed("backbone", "deit_small_patch16_224"),
+        _fixed("pretrained", True),
+        _fixed("augmentation", "domainbed"),
+        _fixed("optimizer", "adam"),
+        HParam("lr", lr, _log_uniform(-5, -4)),
+        HParam("weight_decay", weight_decay, _log_uniform(-6, -2)),
+        HParam("batch_size", 32, _power_of_two(3, 5 if dataset == "DomainNet" else 5.5)),
+        _fixed("schedule", "constant"),
+        _fixed("schedule_steps", 0),
+        _fixed("warmup_fraction", 0.0),
+        _fixed("label_smoothing", 0.0),
+        HParam("drop_path", 0.1, _one_of(0.0, 0.1, 0.2)),
+        _fixed("grad_clip", 0.0),
+        _fixed("ema_decay", 0.0),
+        _fixed("precision", "fp32"),
+        _fixed("eval_batch_size", 256),
+    ]
+    overrides = SMALL_DATASET_DEFAULTS.get(dataset)
+    if overrides is None:
+        return hparams
+    # From scratch and decoupled: other scales of both, and batches that a small split can fill.
+    draws: dict[str, Draw] = {"lr": _log_uniform(-3.5, -2.5), "weight_decay": _log_uniform(-3, -1)}
+    draws["batch_size"] = (
+        _always(overrides["batch_size"]) if "Debug" in dataset else _power_of_two(4, 6)
+    )
+    draws["drop_path"] = _one_of(0.0, 0.1, 0.2)
+    return [
+        HParam(hparam.name, value, draws.get(hparam.name, _always(value)))
+        for hparam in hparams
+        for value in [overrides.get(hparam.name, hparam.default)]
+    ]
+
+
+def _moe(algorithm: str) -> list[HParam]:
+    # GMoE as published: one expert a token and a capacity limit. The others compare routing alone, without drops.
+    published = algorithm == "GMOE"
+    return [
+        HParam("moe_num_experts", 6, _one_of(4, 6, 8)),
+        HParam("moe_top_k", 1 if published else 2, _one_of(1, 2)),
+        _fixed("moe_layers", "gmoe"),
+        _fixed("moe_gate", "cosine"),
+        _fixed("moe_weighting", "renormalize"),
+        HParam("moe_noise_std", 1.0, _one_of(0.0, 0.5, 1.0)),
+        _fixed("moe_expert_dropout", 0.1),
+        _fixed("moe_capacity_factor", 1.5 if published else 0.0),
+        _fixed("moe_balance_weight", 0.01),
+        _fixed("moe_dispatcher", "local"),
+    ]
+
+
+def _tail() -> list[HParam]:
+    return [
+        _fixed("ltdr_tail_top_k", 0),
+        _fixed("ltdr_tail_scope", "batch"),
+        _fixed("ltdr_eval_tail_scope", "image"),
+        _fixed("ltdr_selection", "vtt"),
+        _fixed("ltdr_selection_fraction", 0.15),
+    ]
+
+
+def _fixed(name: str, value: Any) -> HParam:
+    return HParam(name, value, _always(value))
+
+
+def _always(value: Any) -> Draw:
+    return lambda random: value
+
+
+def _one_of(*values: Any) -> Draw:
+    # .choice draws an index and hands back a NumPy scalar; records need the Python value.
+    return lambda random: random.choice(values).item()
+
+
+def _log_uniform(low: float, high: float) -> Draw:
+    return lambda random: float(10 ** random.uniform(low, high))
+
+
+def _power_of_two(low: float, high: float) -> Draw:
+    return lambda random: int(2 ** random.uniform(low, high))
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? Known: " if close else "choose from "
+    return f"; {hint}{', '.join(known)}"
+
+
+def _read_object(json_text: str | None) -> dict[str, Any]:
+    if json_text is None or not json_text.strip():
+        return {}
+    example = """write it as '{"lr": 1e-4, "batch_size": 16}', the quotes included"""
+    try:
+        value = json.loads(json_text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        near = json_text[max(0, error.pos - 15) : error.pos + 15]
+        raise UsageError(
+            f"--hparams is not valid JSON at line {error.lineno} column {error.colno}, near {near!r} ({error.msg}); {example}"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"--hparams is JSON but not an object: {json_text.strip()[:60]!r}; {example}"
+        )
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--hparams gives {name!r} twice; keep one of them")
+    return dict(pairs)

@@ -1,0 +1,186 @@
+"""The records of a sweep: one JSON object per checkpoint in `<sweep>/<job>/results.jsonl`.
+
+The keys are DomainBed's (args, hparams, step, epoch, env{i}_in_acc, env{i}_out_acc, losses, ...), plus one of ours,
+"provenance", which says what the numbers rest on. Either side reads what the other wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from domainbed_ext.errors import UsageError
+
+Record = dict[str, Any]
+RECORDS_FILE = "results.jsonl"
+DONE_FILE = "done"
+REQUIRED_ARGS = ("algorithm", "dataset", "hparams_seed", "test_envs", "trial_seed")
+
+_logger = logging.getLogger(__name__)
+_JOB_FILES = (RECORDS_FILE, DONE_FILE, "out.txt", "err.txt")
+_JOB_NAME = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class RecordGroup:
+    """All records that decide one number of a table before averaging over trials.
+
+    A record of a run with two test environments belongs to two groups.
+    """
+
+    trial_seed: int
+    dataset: str
+    algorithm: str
+    test_env: int
+    records: list[Record] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class JobCount:
+    """How many jobs a sweep's folder holds, and which of them have not finished."""
+
+    total: int
+    unfinished: list[str]
+
+
+def append_record(path: str | os.PathLike[str], record: Record) -> None:
+    """Adds one record as one line, flushed to disk before returning.
+
+    A partial last line, left by a process that was killed while writing, is removed first: otherwise the new record
+    would be glued to it and both lost. NumPy and torch scalars are written as plain numbers.
+    """
+    line = json.dumps(record, sort_keys=True, default=_plain_number) + "\n"
+    with open(path, "ab+") as file:
+        file.seek(0)
+        content = file.read()
+        tail = content[content.rfind(b"\n") + 1 :]
+        if tail and _is_json(tail):
+            file.write(b"\n")
+        else:
+            file.truncate(len(content) - len(tail))
+        file.write(line.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+    """Replaces a results file by these records, atomically. For resuming, which drops what came after a checkpoint."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, sort_keys=True, default=_plain_number) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of one results file.
+
+    A last line that was cut off while being written is left out with a warning. Any other line that is not a record
+    raises a UsageError naming file and line.
+    """
+    records: list[Record] = []
+    content = Path(path).read_bytes()
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            if number == len(lines):
+                _logger.warning("%s, line %d is cut off and was left out", path, number)
+                continue
+            raise UsageError(
+                f"{path}, line {number} is not a JSON record ({error}); delete that line, or the job's folder to run it again"
+            ) from None
+        _check_record(record, f"{path}, line {number}")
+        records.append(record)
+    return records
+
+
+def load_records(folder: str | os.PathLike[str]) -> list[Record]:
+    """All records of a sweep: those of each sub-folder's results.jsonl, in the order of the folders' names.
+
+    The folder of a single job is taken too. `pandas.json_normalize(load_records(folder))` makes a flat frame.
+    """
+    folder = _existing_folder(folder)
+    paths = [folder / RECORDS_FILE, *(child / RECORDS_FILE for child in sorted(folder.iterdir()))]
+    return [record for path in paths if path.is_file() for record in read_records(path)]
+
+
+def count_jobs(folder: str | os.PathLike[str]) -> JobCount:
+    """Counts the job folders of a sweep; a job is unfinished as long as it has no `done` file."""
+    folder = _existing_folder(folder)
+    children = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    jobs = [
+        child
+        for child in children
+        if any((child / name).is_file() for name in _JOB_FILES)
+        or (child is not folder and _JOB_NAME.fullmatch(child.name))
+    ]
+    return JobCount(
+        total=len(jobs), unfinished=[job.name for job in jobs if not (job / DONE_FILE).is_file()]
+    )
+
+
+def group_records(records: Sequence[Record]) -> list[RecordGroup]:
+    """Groups records by (trial seed, data set, algorithm, test environment), in order of first appearance."""
+    groups: dict[tuple[int, str, str, int], list[Record]] = {}
+    for record in records:
+        args = record["args"]
+        for test_env in args["test_envs"]:
+            key = (args["trial_seed"], args["dataset"], args["algorithm"], test_env)
+            groups.setdefault(key, []).append(record)
+    return [RecordGroup(*key, records=members) for key, members in groups.items()]
+
+
+def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+    path = Path(folder)
+    if not path.exists():
+        raise UsageError(
+            f"{path} does not exist; give the folder that the sweep wrote to (its --output_dir)"
+        )
+    if not path.is_dir():
+        raise UsageError(
+            f"{path} is a file; give the folder that the sweep wrote to (its --output_dir)"
+        )
+    return path
+
+
+def _check_record(record: object, where: str) -> None:
+    args = record.get("args") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(args, dict):
+        raise UsageError(
+            f"{where} is JSON but not a record: it has no object 'args'; is this a results file of a job?"
+        )
+    missing = [f"args.{name}" for name in REQUIRED_ARGS if name not in args]
+    missing += [] if "step" in record else ["step"]
+    if missing:
+        raise UsageError(
+            f"{where}: the record lacks {', '.join(missing)}; is this a results file of a job?"
+        )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain_number(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(
+        f"a record can hold JSON values and scalars, not {type(value).__name__}: {value!r}"
+    )

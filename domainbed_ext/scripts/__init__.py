@@ -1,0 +1,1 @@
+"""The command lines: `python -m domainbed_ext.scripts.<name>`."""

@@ -1,0 +1,118 @@
+"""Tables of a sweep.
+
+    python -m domainbed_ext.scripts.collect_results --input_dir SWEEP
+    python -m domainbed_ext.scripts.collect_results --input_dir SWEEP --format markdown --selection training-domain
+
+Prints the tables and writes the same to `SWEEP/results.<txt|tex|md|csv|json|html>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from domainbed_ext.domainbed_tables import render_domainbed
+from domainbed_ext.errors import UsageError
+from domainbed_ext.records import JobCount, Record, count_jobs, load_records
+from domainbed_ext.renderers import RENDERERS, make_report, print_rich
+from domainbed_ext.selection import SELECTION_METHODS
+from domainbed_ext.table_checks import refuse_mixed, sweep_notes
+from domainbed_ext.tables import selection_methods
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's flags."""
+    parser = argparse.ArgumentParser(
+        prog="collect_results", description="Print the tables of a sweep."
+    )
+    parser.add_argument("--input_dir", required=True, help="the folder that the sweep wrote to")
+    parser.add_argument(
+        "--latex", action="store_true", help="DomainBed's LaTeX document, byte for byte"
+    )
+    parser.add_argument(
+        "--format",
+        choices=["rich", "domainbed", *(name for name in RENDERERS if name != "rich")],
+        help="default: rich on a terminal, else the same as plain text; domainbed: DomainBed's text, byte for byte",
+    )
+    parser.add_argument(
+        "--selection",
+        nargs="+",
+        metavar="METHOD",
+        help="which selection methods to show, of "
+        + ", ".join(method.short_name for method in SELECTION_METHODS)
+        + " (default: all)",
+    )
+    parser.add_argument(
+        "--allow-mixed",
+        "--allow_mixed",
+        action="store_true",
+        help="average even over records of different data copies, weights or settings",
+    )
+    return parser
+
+
+def load_sweep(folder: str) -> tuple[list[Record], JobCount]:
+    """Records and job counts of a sweep's folder; a UsageError when there is nothing to tabulate."""
+    records = load_records(folder)
+    jobs = count_jobs(folder)
+    if not jobs.total:
+        raise UsageError(
+            f"{folder} holds no jobs (no <job>/results.jsonl); give the --output_dir of a sweep or of a train run"
+        )
+    if not records:
+        raise UsageError(
+            f"{folder} holds {jobs.total} jobs but no record yet, {len(jobs.unfinished)} of them unfinished; "
+            "if none is running, look into their err.txt"
+        )
+    return records, jobs
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Prints and writes what the parsed flags ask for."""
+    if args.latex and args.format not in (None, "domainbed"):
+        raise UsageError(
+            f"--latex is DomainBed's document and excludes --format {args.format}; "
+            "drop one of them (--format latex prints tables to include in a paper)"
+        )
+    methods = selection_methods(args.selection)
+    records, jobs = load_sweep(args.input_dir)
+    if args.latex or args.format == "domainbed":
+        if not args.allow_mixed:
+            refuse_mixed(records)
+        text = render_domainbed(records, methods=methods, latex=args.latex)
+        extension = "tex" if args.latex else "txt"
+        sys.stdout.write(text)
+        # Kept off stdout, which has to be DomainBed's to the byte.
+        for note in sweep_notes(records, jobs):
+            print(f"note: {note}", file=sys.stderr)
+    else:
+        report = make_report(records, jobs=jobs, selection=methods, allow_mixed=args.allow_mixed)
+        render, extension = RENDERERS[args.format or "rich"]
+        text = render(report)
+        if args.format in (None, "rich") and sys.stdout.isatty():
+            print_rich(report, sys.stdout)
+        else:
+            sys.stdout.write(text)
+    _write(Path(args.input_dir) / f"results.{extension}", text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"warning: could not write {path} ({error.strerror or error})", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        collect(build_parser().parse_args(argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The hyper-parameter draws of a sweep, the best first.
+
+python -m domainbed_ext.scripts.list_top_hparams --input_dir SWEEP --dataset PACS --algorithm LTDR --test_env 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from domainbed_ext.errors import UsageError
+from domainbed_ext.records import Record, RecordGroup, group_records
+from domainbed_ext.scripts.collect_results import load_sweep
+from domainbed_ext.table_checks import explain_missing
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's flags: DomainBed's, and two of ours."""
+    parser = argparse.ArgumentParser(
+        prog="list_top_hparams", description="Rank the hyper-parameter draws of a sweep."
+    )
+    parser.add_argument("--input_dir", required=True, help="the folder that the sweep wrote to")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--algorithm", required=True)
+    parser.add_argument("--test_env", type=int, required=True, help="index of the test environment")
+    parser.add_argument("--top", type=int, help="show only the best so many draws of each trial")
+    parser.add_argument(
+        "--format", choices=["rich", "text"], help="default: rich on a terminal, else text"
+    )
+    return parser
+
+
+def find_groups(
+    records: Sequence[Record], *, dataset: str, algorithm: str, test_env: int
+) -> list[RecordGroup]:
+    """The groups of records asked for, one per trial; a UsageError that lists what is there when none matches."""
+    groups = group_records(records)
+    wanted = [
+        g for g in groups if (g.dataset, g.algorithm, g.test_env) == (dataset, algorithm, test_env)
+    ]
+    if not wanted:
+        there: dict[tuple[str, str], set[int]] = {}
+        for group in groups:
+            there.setdefault((group.algorithm, group.dataset), set()).add(group.test_env)
+        known = "; ".join(
+            f"{a} on {d} with test_env {sorted(envs)}" for (a, d), envs in there.items()
+        )
+        raise UsageError(
+            f"no records of {algorithm} on {dataset} with test_env {test_env}; there are {known}"
+        )
+    return wanted
+
+
+def list_top_hparams(args: argparse.Namespace) -> None:
+    """Prints what the parsed flags ask for."""
+    if args.top is not None and args.top < 1:
+        raise UsageError(f"--top {args.top} shows nothing; give at least 1")
+    records, _ = load_sweep(args.input_dir)
+    groups = find_groups(
+        records, dataset=args.dataset, algorithm=args.algorithm, test_env=args.test_env
+    )
+    rich = args.format == "rich" or (args.format is None and sys.stdout.isatty())
+    if not rich:
+        print(f"Total records: {len(records)}")
+    for method in SELECTION_METHODS:
+        print(f"\nModel selection: {method.name}" if rich else f"Model selection: {method.name}")
+        for group in groups:
+            runs = method.ranked_runs(group.records)[: args.top]
+            if not runs:
+                reason = explain_missing(
+                    records, method, args.dataset, args.algorithm, args.test_env
+                )
+                print(f"trial_seed {group.trial_seed}: nothing to rank, {reason}")
+            elif rich:
+                _print_rich(group.trial_seed, runs)
+            else:
+                _print_text(group.trial_seed, runs)
+
+
+def _varying(runs: Sequence[tuple[Accuracy, list[Record]]]) -> list[str]:
+    """Names whose value differs between draws; all names when there is a single draw."""
+    hparams = [records[0].get("hparams", {}) for _, records in runs]
+    names = sorted(set().union(*hparams))
+    if len(runs) == 1:
+        return names
+    return [name for name in names if len({repr(draw.get(name)) for draw in hparams}) > 1]
+
+
+def _output_dirs(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(str(record["args"].get("output_dir", "?")) for record in records))
+
+
+def _print_text(trial_seed: int, runs: Sequence[tuple[Accuracy, list[Record]]]) -> None:
+    print(f"trial_seed: {trial_seed}")
+    for accuracy, records in runs:
+        print(
+            f"\tval_acc: {accuracy.val:.6g}, test_acc: {accuracy.test:.6g}, step: {accuracy.record['step']}"
+        )
+        print("\t\thparams:")
+        for name, value in sorted(records[0].get("hparams", {}).items()):
+            print(f"\t\t\t{name}: {value}")
+        print("\t\toutput_dirs:")
+        for output_dir in _output_dirs(records):
+            print(f"\t\t\t{output_dir}")
+
+
+def _print_rich(trial_seed: int, runs: Sequence[tuple[Accuracy, list[Record]]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def shown(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    console = Console(highlight=False)
+    names = _varying(runs)
+    several = len(runs) > 1
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ["validation %", "test %", "step", "hparams seed", *(names if several else [])]:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    for accuracy, records in runs:
+        hparams = records[0].get("hparams", {})
+        table.add_row(
+            f"{100 * accuracy.val:.1f}",
+            f"{100 * accuracy.test:.1f}",
+            str(accuracy.record["step"]),
+            str(records[0]["args"]["hparams_seed"]),
+            *(Text(shown(hparams.get(name))) for name in (names if several else [])),
+        )
+    console.print(Text(f"Trial {trial_seed}", style="bold"))
+    console.print(table)
+    best = runs[0][1]
+    same = [name for name in sorted(best[0].get("hparams", {})) if not several or name not in names]
+    if same:
+        pairs = ", ".join(f"{name} {shown(best[0]['hparams'][name])}" for name in same)
+        console.print(Text(f"Same in all: {pairs}" if several else pairs, style="dim"))
+    console.print(Text("Best draw in: " + ", ".join(_output_dirs(best)), style="dim"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    try:
+        list_top_hparams(build_parser().parse_args(argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
