@@ -1,8 +1,9 @@
 """The tables as DomainBed prints them, byte for byte: its text and its LaTeX.
 
-For scripts that parse that text, for comparing with published logs, and as the test that the numbers are the same.
-Every quirk is kept: cells padded and cut to a fixed width, a blank before the end of each line, averages over
-whatever domains a trial happens to have. `renderers.py` holds the formats meant for reading.
+For scripts that parse that text, for comparing with published logs, and as the test that the
+numbers are the same. Every quirk is kept: cells padded and cut to a fixed width, a blank before the
+end of each line, averages over whatever domains a trial happens to have. `renderers.py` holds the
+formats meant for reading.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Which values a hyper-parameter can take, what it means, and what to say when a value is impossible.
+"""What a hyper-parameter means, which values it can take, and what to say about impossible ones.
 
-One table for all algorithms: a name means the same everywhere. `hparams.py` holds defaults and random draws.
+One table for all algorithms: a name means the same everywhere. `hparams.py` holds defaults and
+random draws.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from domainbed_ext.errors import UsageError
 class Values(Protocol):
     """A set of possible values."""
 
-    meaning: str
+    @property
+    def meaning(self) -> str:
+        """What the hyper-parameter is."""
+        ...
 
     def describe(self) -> str:
         """The possible values, in words that end the sentence "expected ..."."""
@@ -65,7 +69,9 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `low` to `high`, where either end can be excluded. Integers are taken as floats."""
+    """A finite number from `low` to `high`, where either end can be excluded. Integers are taken as
+    floats.
+    """
 
     meaning: str
     low: float = 0.0
@@ -211,7 +217,9 @@ VALUES: dict[str, Values] = {
 
 
 def check_value(name: str, value: object) -> Any:
-    """The value of a known hyper-parameter, or a UsageError that names it, its value and what is possible."""
+    """The value of a known hyper-parameter, or a UsageError that names it, its value and what is
+    possible.
+    """
     values = VALUES[name]
     try:
         return values.checked(value)
@@ -222,21 +230,25 @@ def check_value(name: str, value: object) -> Any:
 
 
 def check_together(hparams: Mapping[str, Any]) -> None:
-    """Refuses values that are possible one by one but not side by side. Looks only at the names present."""
+    """Refuses values that are possible one by one but not side by side. Looks only at the names
+    present.
+    """
     num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
     tail_top_k = hparams.get("ltdr_tail_top_k")
     if num_experts is not None and top_k is not None and top_k > num_experts:
         raise UsageError(
-            f"hparam moe_top_k={top_k} exceeds moe_num_experts={num_experts}; lower moe_top_k or add experts"
+            f"hparam moe_top_k={top_k} exceeds moe_num_experts={num_experts}; "
+            "lower moe_top_k or add experts"
         )
     if tail_top_k and num_experts is not None and tail_top_k > num_experts:
         raise UsageError(
-            f"hparam ltdr_tail_top_k={tail_top_k} exceeds moe_num_experts={num_experts}; lower it, or pass 0 for all"
+            f"hparam ltdr_tail_top_k={tail_top_k} exceeds moe_num_experts={num_experts}; "
+            "lower it, or pass 0 for all"
         )
     if tail_top_k and top_k is not None and tail_top_k < top_k:
         raise UsageError(
-            f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: a tail token would get fewer experts "
-            "than others; raise it, or pass 0 for all experts"
+            f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: "
+            "a tail token would get fewer experts than others; raise it, or pass 0 for all experts"
         )
 
 

@@ -1,9 +1,10 @@
 """Hyper-parameters: every algorithm's names, defaults and random draws.
 
-As in DomainBed, a sweep's hparams seed 0 means the defaults and any other seed a random draw, and each hyper-parameter
-is drawn from its own generator, seeded by its name. So adding one never changes the draws of the others. ERM is
-DomainBed's to the last digit. The ViT algorithms share one grid among themselves, so that a dense ViT and its sparse
-twins are tuned alike. Why that grid is narrower than the one GMoE was published with is told in docs/domainbed.md.
+As in DomainBed, a sweep's hparams seed 0 means the defaults and any other seed a random draw, and
+each hyper-parameter is drawn from its own generator, seeded by its name. So adding one never
+changes the draws of the others. ERM is DomainBed's to the last digit. The ViT algorithms share one
+grid among themselves, so that a dense ViT and its sparse twins are tuned alike. Why that grid is
+narrower than the one GMoE was published with is told in docs/domainbed.md.
 
 This module needs no torch: the command lines that only read records stay fast.
 """
@@ -26,8 +27,9 @@ Draw = Callable[[np.random.RandomState], Any]
 
 # Row order of tables: DomainBed's algorithms in its order, then ours.
 UPSTREAM_ALGORITHMS: tuple[str, ...] = tuple(
-    "ERM ERMPlusPlus Fish IRM GroupDRO Mixup MLDG CORAL MMD DANN CDANN MTL SagNet ARM VREx RSC SD ANDMask SANDMask IGA "
-    "SelfReg Fishr TRM IB_ERM IB_IRM CAD CondCAD Transfer CausIRL_CORAL CausIRL_MMD EQRM RDM ADRMX URM".split()
+    "ERM ERMPlusPlus Fish IRM GroupDRO Mixup MLDG CORAL MMD DANN CDANN MTL SagNet ARM VREx RSC SD "
+    "ANDMask SANDMask IGA SelfReg Fishr TRM IB_ERM IB_IRM CAD CondCAD Transfer CausIRL_CORAL "
+    "CausIRL_MMD EQRM RDM ADRMX URM".split()
 )
 VIT_ALGORITHMS: tuple[str, ...] = ("ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
 ALGORITHM_ORDER: tuple[str, ...] = UPSTREAM_ALGORITHMS + VIT_ALGORITHMS
@@ -77,7 +79,8 @@ _EMOJI = {
     "label_smoothing": 0.1,
     "ema_decay": 0.0,
 }
-# Where the ViT algorithms start from scratch on small images: what differs from the benchmarks' defaults.
+# Where the ViT algorithms start from scratch on small images: what differs from the benchmarks'
+# defaults.
 SMALL_DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "Debug28": {**_MNIST, "batch_size": 8},
     "Debug224": {
@@ -141,7 +144,9 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
 
 
 def hparam_pairs(algorithm: str, dataset: str, seed: int) -> dict[str, tuple[Any, Any]]:
-    """(default, random value) by name: the form of DomainBed's own registry, for use beside a checkout of it."""
+    """(default, random value) by name: the form of DomainBed's own registry, for use beside a
+    checkout of it.
+    """
     return {
         hparam.name: (hparam.default, hparam.random(seed))
         for hparam in registered_hparams(algorithm, dataset)
@@ -189,11 +194,13 @@ def split_hparams(
 ) -> dict[str, str | None]:
     """What of --hparams each algorithm of a sweep is to get.
 
-    A key that no algorithm takes is refused; a key that only some take reaches only those. An algorithm that takes
-    all keys gets the very text that was given, since the text is part of the name of a job's folder.
+    A key that no algorithm takes is refused; a key that only some take reaches only those. An
+    algorithm that takes all keys gets the very text that was given, since the text is part of the
+    name of a job's folder.
 
     Returns:
-        For each algorithm the JSON text to pass on, or None when nothing of it concerns the algorithm.
+        For each algorithm the JSON text to pass on, or None when nothing of it concerns the
+        algorithm.
     """
     given = _read_object(json_text)
     takes = {algorithm: set(hparam_names(algorithm, dataset)) for algorithm in algorithms}
@@ -297,7 +304,8 @@ def _vit(dataset: str) -> list[HParam]:
 
 
 def _moe(algorithm: str) -> list[HParam]:
-    # GMoE as published: one expert a token and a capacity limit. The others compare routing alone, without drops.
+    # GMoE as published: one expert a token and a capacity limit. The others compare routing alone,
+    # without drops.
     published = algorithm == "GMOE"
     return [
         HParam("moe_num_experts", 6, _one_of(4, 6, 8)),
@@ -359,7 +367,8 @@ def _read_object(json_text: str | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         near = json_text[max(0, error.pos - 15) : error.pos + 15]
         raise UsageError(
-            f"--hparams is not valid JSON at line {error.lineno} column {error.colno}, near {near!r} ({error.msg}); {example}"
+            f"--hparams is not valid JSON at line {error.lineno} column {error.colno}, "
+            f"near {near!r} ({error.msg}); {example}"
         ) from None
     if not isinstance(value, dict):
         raise UsageError(

@@ -1,7 +1,8 @@
 """The records of a sweep: one JSON object per checkpoint in `<sweep>/<job>/results.jsonl`.
 
-The keys are DomainBed's (args, hparams, step, epoch, env{i}_in_acc, env{i}_out_acc, losses, ...), plus one of ours,
-"provenance", which says what the numbers rest on. Either side reads what the other wrote.
+The keys are DomainBed's (args, hparams, step, epoch, env{i}_in_acc, env{i}_out_acc, losses, ...),
+plus one of ours, "provenance", which says what the numbers rest on. Either side reads what the
+other wrote.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class JobCount:
 def append_record(path: str | os.PathLike[str], record: Record) -> None:
     """Adds one record as one line, flushed to disk before returning.
 
-    A partial last line, left by a process that was killed while writing, is removed first: otherwise the new record
-    would be glued to it and both lost. NumPy and torch scalars are written as plain numbers.
+    A partial last line, left by a process that was killed while writing, is removed first:
+    otherwise the new record would be glued to it and both lost. NumPy and torch scalars are written
+    as plain numbers.
     """
     line = json.dumps(record, sort_keys=True, default=_plain_number) + "\n"
     with open(path, "ab+") as file:
@@ -70,7 +72,9 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Replaces a results file by these records, atomically. For resuming, which drops what came after a checkpoint."""
+    """Replaces a results file by these records, atomically. For resuming, which drops what came
+    after a checkpoint.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
@@ -84,8 +88,8 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> No
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of one results file.
 
-    A last line that was cut off while being written is left out with a warning. Any other line that is not a record
-    raises a UsageError naming file and line.
+    A last line that was cut off while being written is left out with a warning. Any other line that
+    is not a record raises a UsageError naming file and line.
     """
     records: list[Record] = []
     content = Path(path).read_bytes()
@@ -100,7 +104,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
                 _logger.warning("%s, line %d is cut off and was left out", path, number)
                 continue
             raise UsageError(
-                f"{path}, line {number} is not a JSON record ({error}); delete that line, or the job's folder to run it again"
+                f"{path}, line {number} is not a JSON record ({error}); "
+                "delete that line, or the job's folder to run it again"
             ) from None
         _check_record(record, f"{path}, line {number}")
         records.append(record)
@@ -108,9 +113,10 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def load_records(folder: str | os.PathLike[str]) -> list[Record]:
-    """All records of a sweep: those of each sub-folder's results.jsonl, in the order of the folders' names.
+    """All records of a sweep: those of each sub-folder's results.jsonl, in order of folder names.
 
-    The folder of a single job is taken too. `pandas.json_normalize(load_records(folder))` makes a flat frame.
+    The folder of a single job is taken too. `pandas.json_normalize(load_records(folder))` makes a
+    flat frame.
     """
     folder = _existing_folder(folder)
     paths = [folder / RECORDS_FILE, *(child / RECORDS_FILE for child in sorted(folder.iterdir()))]
@@ -133,7 +139,9 @@ def count_jobs(folder: str | os.PathLike[str]) -> JobCount:
 
 
 def group_records(records: Sequence[Record]) -> list[RecordGroup]:
-    """Groups records by (trial seed, data set, algorithm, test environment), in order of first appearance."""
+    """Groups records by (trial seed, data set, algorithm, test environment), in order of first
+    appearance.
+    """
     groups: dict[tuple[int, str, str, int], list[Record]] = {}
     for record in records:
         args = record["args"]
@@ -160,7 +168,8 @@ def _check_record(record: object, where: str) -> None:
     args = record.get("args") if isinstance(record, dict) else None
     if not isinstance(record, dict) or not isinstance(args, dict):
         raise UsageError(
-            f"{where} is JSON but not a record: it has no object 'args'; is this a results file of a job?"
+            f"{where} is JSON but not a record: it has no object 'args'; "
+            "is this a results file of a job?"
         )
     missing = [f"args.{name}" for name in REQUIRED_ARGS if name not in args]
     missing += [] if "step" in record else ["step"]

@@ -1,7 +1,7 @@
-"""The tables of a sweep for reading: terminal, plain text, Markdown, LaTeX, HTML, and CSV and JSON for programs.
+"""A sweep's tables as terminal output, text, Markdown, LaTeX, HTML, and for programs CSV and JSON.
 
-`Report` holds the frames of `tables.py`; each format is one function from a report to text. DomainBed's own form is
-in `domainbed_tables.py`.
+`Report` holds the frames of `tables.py`; each format is one function from a report to text.
+DomainBed's own form is in `domainbed_tables.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def make_report(
 
 
 def text_tables(report: Report) -> list[TextTable]:
-    """The tables in the order they are printed: per selection method the data sets, then the averages."""
+    """The tables in the order they are printed: per selection method the data sets, then the
+    averages.
+    """
     tables = []
     for method in report.results["selection"].unique():
         results = report.results[report.results["selection"] == method]
@@ -107,7 +109,9 @@ def render_text(report: Report) -> str:
 
 
 def print_rich(report: Report, stream: IO[str], *, plain: bool = False) -> None:
-    """Prints to a terminal, with colours where the stream has them; `plain` means ASCII and no wrapping."""
+    """Prints to a terminal, with colours where the stream has them; `plain` means ASCII and no
+    wrapping.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -177,7 +181,7 @@ def render_latex(report: Report) -> str:
             "",
             r"\begin{table}",
             r"  \centering",
-            rf"  \caption{{{escape(table.title)}. {escape(' '.join(f'{note}.' for note in table.footnotes))}}}",
+            rf"  \caption{{{escape('. '.join([table.title, *table.footnotes]))}.}}",
             rf"  \begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
             r"    \toprule",
             *(f"    {' & '.join(map(escape, row))} \\\\" for row in [table.header]),
@@ -234,7 +238,7 @@ def render_csv(report: Report) -> str:
 
 
 def render_json(report: Report) -> str:
-    """One object: counts, notes, and one number a row as in the CSV; null where there is no number."""
+    """One object: counts, notes, and the rows of the CSV, null where there is no number."""
     rows = json.loads(_all_rows(report).round(6).to_json(orient="records"))
     jobs = report.jobs and {"total": report.jobs.total, "unfinished": report.jobs.unfinished}
     content = {
@@ -313,7 +317,9 @@ def _trials(trials: pd.Series) -> str:
 
 
 def _footnotes(frame: pd.DataFrame, columns: str) -> list[str]:
-    """One line for each reason for an X, saying where it applies unless it applies to the whole table."""
+    """One line for each reason for an X, saying where it applies unless it applies to the whole
+    table.
+    """
     missing = frame[
         (frame["reason"] != "") & ~((columns == "environment") & (frame["environment"] == AVERAGE))
     ]

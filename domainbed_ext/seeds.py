@@ -1,7 +1,8 @@
 """Seeds and job names, bit for bit those of DomainBed.
 
-Every random choice of the protocol starts from `seed_hash`, and a job's folder is named by `job_hash`, so that a
-sweep can be continued, compared with, or mixed with one made by DomainBed itself.
+Every random choice of the protocol starts from `seed_hash`, and a job's folder is named by
+`job_hash`, so that a sweep can be continued, compared with, or mixed with one made by DomainBed
+itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Mapping
 def seed_hash(*args: object) -> int:
     """A seed below 2**31 from any arguments: the md5 of the text of their tuple.
 
-    Pass Python values only. The text is `str(args)`, and NumPy 2 prints `np.int64(1)` where Python prints `1`.
+    Pass Python values only. The text is `str(args)`, and NumPy 2 prints `np.int64(1)` where Python
+    prints `1`.
     """
     digest = hashlib.md5(str(args).encode("utf-8"), usedforsecurity=False).hexdigest()
     return int(digest, 16) % 2**31

@@ -1,12 +1,14 @@
-"""Model selection: which checkpoint of which hyper-parameter draw counts, decided by DomainBed's three rules.
+"""Model selection: which checkpoint of which draw counts, decided by DomainBed's three rules.
 
-A rule sees the records of one (trial seed, data set, algorithm, test environment), as `group_records` gathers them,
-and never looks at the test accuracy it reports. Numbers are those of DomainBed: the first of equal checkpoints wins,
-the highest hparams seed of equal draws wins, the oracle takes the last step.
+A rule sees the records of one (trial seed, data set, algorithm, test environment), as
+`group_records` gathers them, and never looks at the test accuracy it reports. Numbers are those of
+DomainBed: the first of equal checkpoints wins, the highest hparams seed of equal draws wins, the
+oracle takes the last step.
 
-Two things differ, and only where DomainBed has no answer. An accuracy that is NaN never wins (there, a NaN at the
-first checkpoint does). And EmojiDG, which has a split "unseen", is tested on that one and validated on "out": its
-"in" split of a held-out domain holds drawings of concepts that were trained on in other domains.
+Two things differ, and only where DomainBed has no answer. An accuracy that is NaN never wins
+(there, a NaN at the first checkpoint does). And EmojiDG, which has a split "unseen", is tested on
+that one and validated on "out": its "in" split of a held-out domain holds drawings of concepts that
+were trained on in other domains.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _OUT_ACC = re.compile(r"env(\d+)_out_acc")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What a rule found for one run: the accuracy it chose by, the test accuracy, and the record chosen."""
+    """What a rule found for one run: the accuracy it chose by, the test accuracy, and the record
+    chosen.
+    """
 
     val: float
     test: float
@@ -36,14 +40,16 @@ class Accuracy:
 
 
 class SelectionMethod:
-    """A rule. Subclasses say how one run is judged; choosing between hyper-parameter draws is the same for all."""
+    """A rule. Subclasses say how one run is judged; choosing between hyper-parameter draws is the
+    same for all.
+    """
 
     name: ClassVar[str]
     short_name: ClassVar[str]
 
     @classmethod
     def run_acc(cls, records: Sequence[Record]) -> Accuracy | None:
-        """The best checkpoint of one run (all records share test environment, trial and hparams seed).
+        """The best checkpoint of one run: of one test environment, trial and hparams seed.
 
         Returns:
             None when the records this rule needs are not there.
@@ -56,7 +62,8 @@ class SelectionMethod:
         runs = _by(records, lambda record: record["args"]["hparams_seed"])
         judged = [(cls.run_acc(run), run) for _, run in sorted(runs.items())]
         found = [(accuracy, run) for accuracy, run in judged if accuracy is not None]
-        # Ascending and reversed, not descending: of equal draws the one with the highest hparams seed comes first.
+        # Ascending and reversed, not descending: of equal draws the one with the highest hparams
+        # seed comes first.
         return sorted(found, key=lambda pair: pair[0].val)[::-1]
 
     @classmethod
@@ -75,7 +82,8 @@ class SelectionMethod:
     def ceiling_best(cls, records: Sequence[Record], test_env: int) -> Accuracy | None:
         """The same rule for runs that trained on every domain, read off at `test_env`.
 
-        Leave-one-domain-out has nothing to leave out there, so it takes the validation split of all domains.
+        Leave-one-domain-out has nothing to leave out there, so it takes the validation split of all
+        domains.
         """
         return _ceiling_best(records, test_env, lambda run: _first_best(run, _mean_out_acc))
 
@@ -130,7 +138,8 @@ class LeaveOneDomainOut(SelectionMethod):
 class Oracle(SelectionMethod):
     """The last checkpoint, and the draw with the best accuracy on the test domain's held-out split.
 
-    It looks at the test domain, so its numbers are an upper bound and no fair comparison with the other rules.
+    It looks at the test domain, so its numbers are an upper bound and no fair comparison with the
+    other rules.
     """
 
     name = "test-domain validation set (oracle)"
@@ -178,7 +187,7 @@ def num_environments(records: Sequence[Record]) -> int:
 
 
 def test_acc_key(record: Mapping[str, Any], test_env: int) -> str:
-    """The key of a record's test accuracy: of unseen concepts where the data set tells them apart."""
+    """The key of a record's test accuracy: on unseen concepts where the data set has them."""
     unseen = f"env{test_env}_unseen_acc"
     return unseen if unseen in record else f"env{test_env}_in_acc"
 

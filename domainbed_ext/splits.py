@@ -1,7 +1,8 @@
 """Which images of a domain are trained on, validated on and tested on.
 
-`split_dataset` is DomainBed's split, key order included. `emojidg_folds` is the one split that differs on purpose: it
-follows the code point, so that a concept never sits in one domain's training part and in another's validation part.
+`split_dataset` is DomainBed's split, key order included. `emojidg_folds` is the one split that
+differs on purpose: it follows the code point, so that a concept never sits in one domain's training
+part and in another's validation part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EMOJIDG_FOLDS = 5
 
 
 class SubsetSplit:
-    """The items of a data set at `keys`, in that order. Works wherever a torch map-style data set does.
+    """The items of a data set at `keys`, in that order, usable as a torch map-style data set.
 
     Attributes:
         dataset: The whole data set.
@@ -41,7 +42,7 @@ class SubsetSplit:
 
 
 def split_dataset(dataset: Any, n: int, seed: int = 0) -> tuple[SubsetSplit, SubsetSplit]:
-    """Splits a data set at random into `n` items and the rest, with DomainBed's keys in DomainBed's order.
+    """Splits a data set at random into `n` items and the rest, key for key as DomainBed does.
 
     The protocol calls the first part "out" (held out) and the second "in", with the seed
     `seed_hash(trial_seed, environment)`.
@@ -60,9 +61,9 @@ def emojidg_folds(
 ) -> npt.NDArray[np.int64]:
     """The role of each code point of EmojiDG's label table: 0 train, 1 validation, 2 test.
 
-    Inside a class the code points are ordered by a hash and dealt to five folds. With trial seed t, fold t mod 5 is
-    the test fold, the next one validates, and the other three train. The answer depends on the code point and the
-    table alone, so it is the same in every domain.
+    Inside a class the code points are ordered by a hash and dealt to five folds. With trial seed t,
+    fold t mod 5 is the test fold, the next one validates, and the other three train. The answer
+    depends on the code point and the table alone, so it is the same in every domain.
 
     Args:
         codepoints: Hexadecimal code points, each once, the whole label table.
@@ -71,7 +72,7 @@ def emojidg_folds(
     """
     if len(codepoints) != len(classes):
         raise UsageError(
-            f"{len(codepoints)} code points but {len(classes)} classes; give one class per code point"
+            f"{len(codepoints)} code points but {len(classes)} classes; give one class for each"
         )
     lowered = [codepoint.lower() for codepoint in codepoints]
     if len(set(lowered)) != len(lowered):

@@ -1,4 +1,6 @@
-"""Which numbers may share a table, and what to say below it: mixed records, missing runs, unfinished jobs."""
+"""Which numbers may share a table, and what to say below it: mixed records, missing runs,
+unfinished jobs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def refuse_mixed(records: Sequence[Record]) -> None:
             if provenance.get(key) is not None:
                 _refuse_difference(seen, (key, scope, ""), str(provenance[key]), record)
         if "hparams" in record:
-            job = f"test_envs {args['test_envs']}, hparams seed {args['hparams_seed']}, trial {args['trial_seed']}"
+            job = (
+                f"test_envs {args['test_envs']}, hparams seed {args['hparams_seed']}, "
+                f"trial {args['trial_seed']}"
+            )
             text = repr(sorted(record["hparams"].items()))
             _refuse_difference(seen, ("hparams", row, job), text, record)
 
@@ -41,7 +46,9 @@ def refuse_mixed(records: Sequence[Record]) -> None:
 def explain_missing(
     records: Sequence[Record], method: type[SelectionMethod], dataset: str, algorithm: str, env: int
 ) -> str:
-    """Why a method has no number for a test environment: which runs are missing, in words for below a table."""
+    """Why a method has no number for a test environment: which runs are missing, in words for below
+    a table.
+    """
     own = [
         r
         for r in records
@@ -67,7 +74,10 @@ def explain_missing(
         if len(r["args"]["test_envs"]) == 2 and env in r["args"]["test_envs"]
     ]
     if not with_env:
-        return "leave-one-domain-out needs the runs with two test environments (a sweep without --single_test_envs)"
+        return (
+            "leave-one-domain-out needs the runs with two test environments "
+            "(a sweep without --single_test_envs)"
+        )
     others = [other for other in range(num_environments(single)) if other != env]
     missing = [
         sorted([env, other]) for other in others if not any(other in pair for pair in with_env)
@@ -77,8 +87,9 @@ def explain_missing(
             f"leave-one-domain-out needs the runs with test_envs {', '.join(map(str, missing))} too"
         )
     return (
-        "no draw of hyper-parameters has, at one step, exactly one record with this test environment alone and one "
-        "with each other environment held out too (jobs unfinished, or run twice)"
+        "no draw of hyper-parameters has, at one step, exactly one record with this test "
+        "environment alone and one with each other environment held out too "
+        "(jobs unfinished, or run twice)"
     )
 
 
@@ -88,7 +99,8 @@ def sweep_notes(records: Sequence[Record], jobs: JobCount | None) -> list[str]:
     if jobs is not None and jobs.unfinished:
         shown = ", ".join(jobs.unfinished[:3]) + (", ..." if len(jobs.unfinished) > 3 else "")
         notes.append(
-            f"{len(jobs.unfinished)} of {jobs.total} jobs are unfinished; their records so far are included ({shown})"
+            f"{len(jobs.unfinished)} of {jobs.total} jobs are unfinished; "
+            f"their records so far are included ({shown})"
         )
     for dataset in sorted({record["args"]["dataset"] for record in records}):
         own = [record for record in records if record["args"]["dataset"] == dataset]
@@ -98,7 +110,7 @@ def sweep_notes(records: Sequence[Record], jobs: JobCount | None) -> list[str]:
         if len({len(seeds) for seeds in draws.values()}) > 1:
             counts = ", ".join(f"{name} {len(draws[name])}" for name in order_algorithms(draws))
             notes.append(
-                f"{dataset}: the algorithms had different numbers of hyper-parameter draws ({counts})"
+                f"{dataset}: the algorithms had unequal numbers of hyper-parameter draws ({counts})"
             )
     recorded = [record.get("provenance") or {} for record in records]
     silent = sum(not provenance for provenance in recorded)

@@ -1,4 +1,4 @@
-"""Results of a sweep as pandas frames: who scored what on which domain, over how many trials, and why a cell is empty.
+"""Results of a sweep as pandas frames: who scored what where, and why a cell is empty.
 
     from domainbed_ext.records import load_records
     from domainbed_ext.tables import averages_frame, emojidg_frame, results_frame
@@ -6,9 +6,10 @@
     frame = results_frame(load_records("sweep"))
     frame.query("metric == 'accuracy' and environment == 'Avg'")
 
-All frames are tidy, one number a row, accuracies in percent. The columns: `selection`, `dataset`, `algorithm`,
-`environment` (a domain's name, or "Avg"), `metric` ("accuracy", in `averages_frame` "domain_mean"), `mean`, `stderr` (over trials), `trials`, `reason` (empty, or why
-there is no mean). `renderers.py` turns them into text.
+All frames are tidy, one number a row, accuracies in percent. The columns: `selection`, `dataset`,
+`algorithm`, `environment` (a domain's name, or "Avg"), `metric` ("accuracy", in `averages_frame`
+"domain_mean"), `mean`, `stderr` (over trials), `trials`, `reason` (empty, or why there is no mean).
+`renderers.py` turns them into text.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class Cell:
 
 
 def cell_of(values: Sequence[float]) -> Cell:
-    """Mean and standard error of accuracies in [0, 1], summed in DomainBed's order so that the last digit agrees."""
+    """Mean and standard error of accuracies in [0, 1], summed in DomainBed's order so that the last
+    digit agrees.
+    """
     mean = 100 * float(np.mean(values))
     stderr = 100 * float(np.std(list(values) / np.sqrt(len(values))))
     return Cell(mean, stderr, len(values))
@@ -98,12 +101,13 @@ def results_frame(
     selection: str | type[SelectionMethod] | Iterable[str | type[SelectionMethod]] | None = None,
     allow_mixed: bool = False,
 ) -> pd.DataFrame:
-    """Test accuracy per selection method, data set, algorithm and domain, then each algorithm's mean over domains.
+    """Test accuracy per selection method, data set, algorithm and domain, and domain means.
 
     Args:
         records: What `load_records` returned.
         selection: One or several selection methods, by class or name; None: all three.
-        allow_mixed: Average even over records from different copies of the data or different weights.
+        allow_mixed: Average even over records from different copies of the data or different
+            weights.
     """
     if not allow_mixed:
         refuse_mixed(records)
@@ -132,10 +136,10 @@ def averages_frame(
     selection: str | type[SelectionMethod] | Iterable[str | type[SelectionMethod]] | None = None,
     allow_mixed: bool = False,
 ) -> pd.DataFrame:
-    """Each algorithm's mean over a data set's domains, with the standard error of that mean over trials.
+    """Each algorithm's mean over a data set's domains, with its standard error over trials.
 
-    Unlike DomainBed's "Averages" table, a trial in which a domain is missing has no mean: otherwise one algorithm's
-    mean over the easy domains would stand beside another's over all of them.
+    Unlike DomainBed's "Averages" table, a trial in which a domain is missing has no mean: otherwise
+    one algorithm's mean over the easy domains would stand beside another's over all of them.
     """
     if not allow_mixed:
         refuse_mixed(records)
@@ -160,11 +164,12 @@ def emojidg_frame(
     selection: str | type[SelectionMethod] | Iterable[str | type[SelectionMethod]] | None = None,
     allow_mixed: bool = False,
 ) -> pd.DataFrame:
-    """Seen, unseen, ceiling and gap per domain, for the data sets that tell seen from unseen concepts (EmojiDG).
+    """Seen, unseen, ceiling and gap per domain, for data sets with unseen concepts (EmojiDG).
 
-    "unseen" is the headline: concepts held out of training, in the held-out style; "unseen_class" is its mean over
-    classes. "seen" are trained concepts in that style. "ceiling" is the same model trained on all styles, on the same
-    unseen images, and "gap" what the unknown style costs: ceiling minus unseen, trial by trial.
+    "unseen" is the headline: concepts held out of training, in the held-out style; "unseen_class"
+    is its mean over classes. "seen" are trained concepts in that style. "ceiling" is the same model
+    trained on all styles, on the same unseen images, and "gap" what the unknown style costs:
+    ceiling minus unseen, trial by trial.
     """
     if not allow_mixed:
         refuse_mixed(records)
@@ -189,7 +194,9 @@ def emojidg_frame(
 def sweep_accs(
     records: Sequence[Record], method: type[SelectionMethod]
 ) -> dict[tuple[str, str, int], dict[int, float]]:
-    """Test accuracy per trial seed, for each (data set, algorithm, test environment) that the method can judge."""
+    """Test accuracy per trial seed, for each (data set, algorithm, test environment) that the
+    method can judge.
+    """
     accs: defaultdict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for group in group_records(records):
         acc = method.sweep_acc(group.records)
@@ -211,7 +218,9 @@ def selection_methods(
 
 
 def dataset_names(records: Sequence[Record]) -> list[str]:
-    """The data sets of the records, DomainBed's first and in its order, then ours, then folders and manifests."""
+    """The data sets of the records, DomainBed's first and in its order, then ours, then folders and
+    manifests.
+    """
     present = sorted({record["args"]["dataset"] for record in records})
     return [name for name in DATASET_ORDER if name in present] + [
         n for n in present if n not in DATASET_ORDER
@@ -226,7 +235,9 @@ def algorithm_names(records: Sequence[Record], dataset: str) -> list[str]:
 
 
 def environment_names(dataset: str, records: Sequence[Record]) -> list[str]:
-    """The names of a data set's environments: DomainBed's short ones, those in the records, or the data set's own."""
+    """The names of a data set's environments: DomainBed's short ones, those in the records, or the
+    data set's own.
+    """
     if dataset in UPSTREAM_ENVIRONMENTS:
         return list(UPSTREAM_ENVIRONMENTS[dataset])
     own = [record for record in records if record["args"]["dataset"] == dataset]
@@ -236,7 +247,8 @@ def environment_names(dataset: str, records: Sequence[Record]) -> list[str]:
     if len(recorded) > 1:
         shown = " and ".join(str(list(names)) for names in sorted(recorded)[:2])
         raise UsageError(
-            f"records of {dataset} disagree on its environments: {shown}; collect them from separate folders"
+            f"records of {dataset} disagree on its environments: {shown}; "
+            "collect them from separate folders"
         )
     if recorded:
         return [str(name) for name in recorded.pop()]

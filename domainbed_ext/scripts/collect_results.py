@@ -1,7 +1,8 @@
 """Tables of a sweep.
 
-    python -m domainbed_ext.scripts.collect_results --input_dir SWEEP
-    python -m domainbed_ext.scripts.collect_results --input_dir SWEEP --format markdown --selection training-domain
+    python -m domainbed_ext.scripts.collect_results --input_dir SWEEP python -m
+    domainbed_ext.scripts.collect_results --input_dir SWEEP --format markdown --selection
+    training-domain
 
 Prints the tables and writes the same to `SWEEP/results.<txt|tex|md|csv|json|html>`.
 """
@@ -34,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=["rich", "domainbed", *(name for name in RENDERERS if name != "rich")],
-        help="default: rich on a terminal, else the same as plain text; domainbed: DomainBed's text, byte for byte",
+        help="default: rich on a terminal, else the same as plain text; "
+        "domainbed: DomainBed's text, byte for byte",
     )
     parser.add_argument(
         "--selection",
@@ -54,16 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_sweep(folder: str) -> tuple[list[Record], JobCount]:
-    """Records and job counts of a sweep's folder; a UsageError when there is nothing to tabulate."""
+    """Records and job counts of a sweep's folder; a UsageError when there is nothing to show."""
     records = load_records(folder)
     jobs = count_jobs(folder)
     if not jobs.total:
         raise UsageError(
-            f"{folder} holds no jobs (no <job>/results.jsonl); give the --output_dir of a sweep or of a train run"
+            f"{folder} holds no jobs (no <job>/results.jsonl); "
+            "give the --output_dir of a sweep or of a train run"
         )
     if not records:
         raise UsageError(
-            f"{folder} holds {jobs.total} jobs but no record yet, {len(jobs.unfinished)} of them unfinished; "
+            f"{folder} holds {jobs.total} jobs but no record yet, "
+            f"{len(jobs.unfinished)} of them unfinished; "
             "if none is running, look into their err.txt"
         )
     return records, jobs

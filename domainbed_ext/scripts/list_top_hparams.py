@@ -1,6 +1,7 @@
 """The hyper-parameter draws of a sweep, the best first.
 
-python -m domainbed_ext.scripts.list_top_hparams --input_dir SWEEP --dataset PACS --algorithm LTDR --test_env 0
+python -m domainbed_ext.scripts.list_top_hparams --input_dir SWEEP --dataset PACS --algorithm LTDR
+--test_env 0
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from domainbed_ext.errors import UsageError
 from domainbed_ext.records import Record, RecordGroup, group_records
 from domainbed_ext.scripts.collect_results import load_sweep
+from domainbed_ext.selection import SELECTION_METHODS, Accuracy
 from domainbed_ext.table_checks import explain_missing
 
 
@@ -35,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 def find_groups(
     records: Sequence[Record], *, dataset: str, algorithm: str, test_env: int
 ) -> list[RecordGroup]:
-    """The groups of records asked for, one per trial; a UsageError that lists what is there when none matches."""
+    """The groups of records asked for, one per trial; a UsageError that lists what is there when
+    none matches.
+    """
     groups = group_records(records)
     wanted = [
         g for g in groups if (g.dataset, g.algorithm, g.test_env) == (dataset, algorithm, test_env)
@@ -96,7 +100,8 @@ def _print_text(trial_seed: int, runs: Sequence[tuple[Accuracy, list[Record]]]) 
     print(f"trial_seed: {trial_seed}")
     for accuracy, records in runs:
         print(
-            f"\tval_acc: {accuracy.val:.6g}, test_acc: {accuracy.test:.6g}, step: {accuracy.record['step']}"
+            f"\tval_acc: {accuracy.val:.6g}, test_acc: {accuracy.test:.6g}, "
+            f"step: {accuracy.record['step']}"
         )
         print("\t\thparams:")
         for name, value in sorted(records[0].get("hparams", {}).items()):
