@@ -1,0 +1,404 @@
+"""The algorithms, behind DomainBed's contract: `update(minibatches)` and `predict(x)`.
+
+    algorithm = LTDR(input_shape, num_classes, num_domains, hparams)
+    algorithm.update([(x, y) for each training domain])   # -> {"loss": ..., ...}
+    algorithm.predict(x)                                  # -> logits (B, num_classes)
+
+ERM_ViT is the dense twin of GMOE and LTDR: same backbone, same weights, same grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from domainbed_ext.errors import UsageError
+from domainbed_ext.networks import create_classifier, create_featurizer
+from gmoe_ltdr import MoESpec, TailRule, balance_loss, collect_routing, create_moe_vit, preset
+from gmoe_ltdr.models import create_dense_vit
+
+Minibatches = Sequence[tuple[Tensor, Tensor]]
+
+_ALGORITHMS: dict[str, type[Algorithm]] = {}
+
+
+def register_algorithm(cls: type[Algorithm]) -> type[Algorithm]:
+    """Class decorator: make an algorithm available under its class name."""
+    _ALGORITHMS[cls.__name__] = cls
+    return cls
+
+
+def get_algorithm_class(name: str) -> type[Algorithm]:
+    """The algorithm of that name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name not in _ALGORITHMS:
+        raise UsageError(f"unknown algorithm {name!r}; there are {', '.join(_ALGORITHMS)}")
+    return _ALGORITHMS[name]
+
+
+class Algorithm(nn.Module):
+    """DomainBed's contract.
+
+    Args:
+        input_shape: (C, H, W) of the images.
+        num_classes: Number of classes.
+        num_domains: Number of training domains.
+        hparams: Flat hyper-parameters, see `domainbed_ext.hparams`.
+
+    Attributes:
+        weights_tag: Which pretrained weights the model started from; "random" for none.
+    """
+
+    weights_tag = "random"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        num_domains: int,
+        hparams: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.hparams = hparams
+
+    def update(
+        self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None
+    ) -> dict[str, float]:
+        """One step on one batch per training domain.
+
+        Args:
+            minibatches: (images, labels) of each training domain, on the model's device.
+            unlabeled: Images of the test domains, for domain adaptation; unused here.
+
+        Returns:
+            Numbers to be averaged and recorded.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define update")
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define predict")
+
+
+def join(minibatches: Minibatches) -> tuple[Tensor, Tensor]:
+    """All domains' images and labels as one batch."""
+    images, labels = zip(*minibatches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@register_algorithm
+class ERM(Algorithm):
+    """Empirical risk minimisation, with DomainBed's networks and hyper-parameters (ResNet-50)."""
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.featurizer = create_featurizer(input_shape, hparams)
+        self.classifier = create_classifier(
+            self.featurizer.n_outputs, num_classes, nonlinear=hparams["nonlinear_classifier"]
+        )
+        self.weights_tag = self.featurizer.weights_tag
+        self.optimizer = torch.optim.Adam(
+            self.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
+        )
+
+    def update(self, minibatches, unlabeled=None):
+        x, y = join(minibatches)
+        loss = F.cross_entropy(self.predict(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item()}
+
+    def predict(self, x):
+        return self.classifier(self.featurizer(x))
+
+
+@register_algorithm
+class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and tables
+    """Empirical risk minimisation with a dense timm ViT.
+
+    Adam or AdamW, a constant, cosine or one-cycle learning rate, optional weight averaging (EMA)
+    whose weights then make the predictions.
+    """
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.network = self.create_network(input_shape, num_classes)
+        self.weights_tag = weights_tag(hparams)
+        self.optimizer = create_optimizer(self.network, hparams)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, learning_rate_factor(hparams)
+        )
+        self.average = None
+        if hparams["ema_decay"] > 0:
+            self.average = AveragedModel(
+                self.network, multi_avg_fn=_ema_update(hparams["ema_decay"]), use_buffers=True
+            )
+
+    def create_network(self, input_shape, num_classes: int) -> nn.Module:
+        return create_dense_vit(
+            self.hparams["backbone"],
+            pretrained=self.hparams["pretrained"],
+            **timm_arguments(input_shape, num_classes, self.hparams),
+        )
+
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The step's loss and further numbers to record."""
+        return self.task_loss(self.network(x), y), {}
+
+    def task_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), y, label_smoothing=self.hparams["label_smoothing"])
+
+    def update(self, minibatches, unlabeled=None):
+        x, y = join(minibatches)
+        with autocast(x.device, self.hparams["precision"]):
+            loss, numbers = self.loss(x, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.hparams["grad_clip"] > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.hparams["grad_clip"])
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in numbers.items()}
+        return {"loss": loss.item(), "lr": learning_rate, **numbers}
+
+    def predict(self, x):
+        network = self.network if self.average is None or self.training else self.average
+        with autocast(x.device, self.hparams["precision"]):
+            return network(x).float()
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything besides `state_dict()` that a resumed run needs."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+class SparseViT(ERM_ViT):
+    """A ViT with mixture-of-experts layers: the task loss plus what the spec says of balance."""
+
+    preset_name = "ltdr"
+
+    def create_network(self, input_shape, num_classes: int) -> nn.Module:
+        self.spec = spec_from_hparams(self.preset_name, self.hparams)
+        return create_moe_vit(
+            self.hparams["backbone"],
+            self.spec,
+            pretrained=self.hparams["pretrained"],
+            **timm_arguments(input_shape, num_classes, self.hparams),
+        )
+
+    def loss(self, x, y):
+        with collect_routing(self.network) as routings:
+            task_loss = self.task_loss(self.network(x), y)
+        balance = balance_loss(routings, self.spec)
+        plans = routings.values()
+        numbers = {
+            "balance_loss": balance.detach(),
+            "tail_share": torch.stack([p.tail_mask_T.float().mean() for p in plans]).mean(),
+            "experts_per_token": torch.stack(
+                [p.experts_per_token_T.float().mean() for p in plans]
+            ).mean(),
+        }
+        return task_loss + balance, numbers
+
+
+@register_algorithm
+class GMOE(SparseViT):
+    """GMoE (arXiv 2206.04046) as released: one expert per token, capacity 1.5, importance and load
+    balanced."""
+
+    preset_name = "gmoe"
+
+
+@register_algorithm
+class GMOE_DAR(SparseViT):  # noqa: N801
+    """LTDR without its second module: nothing is balanced, tail tokens get no further experts."""
+
+    preset_name = "gmoe_dar"
+
+
+@register_algorithm
+class GMOE_EEA(SparseViT):  # noqa: N801
+    """LTDR without its first module: GMoE's balance losses stay, tail tokens get more experts."""
+
+    preset_name = "gmoe_eea"
+
+
+@register_algorithm
+class LTDR(SparseViT):
+    """Long-Tailed Distribution-aware Router (arXiv 2507.01351): no balancing of vision tokens, more
+    experts for tail tokens."""
+
+    preset_name = "ltdr"
+
+
+ALGORITHMS: list[str] = list(_ALGORITHMS)
+
+_SELECTIONS: dict[str, dict[str, Any]] = {
+    "vtt": {"kind": "mean"},
+    "vht": {"kind": "mean", "select": "head"},
+    "vtt_fixed": {"kind": "quantile"},
+    "vtt_learned": {"kind": "learned"},
+    "iat": {"kind": "attention"},
+}
+
+
+def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any]) -> MoESpec:
+    """The sparse model that flat hyper-parameters describe.
+
+    Raises:
+        UsageError: Values that do not go together.
+    """
+    layers = hparams["moe_layers"]
+    changes: dict[str, Any] = {
+        "num_experts": hparams["moe_num_experts"],
+        "top_k": hparams["moe_top_k"],
+        "layers": layers if isinstance(layers, str) else tuple(layers),
+        "gate": hparams["moe_gate"],
+        "weighting": hparams["moe_weighting"],
+        "noise_std": hparams["moe_noise_std"],
+        "expert_dropout": hparams["moe_expert_dropout"],
+        "capacity_factor": hparams["moe_capacity_factor"] or None,
+        "balance_weight": hparams["moe_balance_weight"],
+        "dispatcher": hparams["moe_dispatcher"],
+    }
+    try:
+        if "ltdr_selection" in hparams:
+            changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None
+            changes["tail_rule"] = _tail_rule(hparams)
+        return preset(preset_name, **changes)
+    except ValueError as error:
+        raise UsageError(f"hparams: {error}") from error
+
+
+def _tail_rule(hparams: Mapping[str, Any]) -> TailRule:
+    selection = hparams["ltdr_selection"]
+    if selection not in _SELECTIONS:
+        raise UsageError(
+            f"hparam ltdr_selection={selection!r} is not one of {', '.join(_SELECTIONS)}"
+        )
+    rule = dict(_SELECTIONS[selection])
+    if rule["kind"] in ("quantile", "attention"):
+        rule["value"] = hparams["ltdr_selection_fraction"]
+    return TailRule(
+        scope=hparams["ltdr_tail_scope"], eval_scope=hparams["ltdr_eval_tail_scope"], **rule
+    )
+
+
+def timm_arguments(
+    input_shape: Sequence[int], num_classes: int, hparams: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What every backbone is built with."""
+    return {
+        "num_classes": num_classes,
+        "in_chans": input_shape[0],
+        "img_size": tuple(input_shape[1:]),
+        "drop_path_rate": hparams["drop_path"],
+    }
+
+
+def weights_tag(hparams: Mapping[str, Any]) -> str:
+    """Name of the weights a run starts from, so that tables do not mix them."""
+    if not hparams["pretrained"]:
+        return f"{hparams['backbone']}:random"
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(hparams["backbone"], allow_unregistered=True)
+    tag = getattr(cfg, "tag", None)
+    name = hparams["backbone"].split(".")[0]
+    return f"{name}.{tag}" if tag else name
+
+
+def create_optimizer(network: nn.Module, hparams: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """Adam with L2 as in DomainBed, or AdamW whose decay spares biases, norms and one-dimensional
+    parameters."""
+    if hparams["optimizer"] == "adam":
+        return torch.optim.Adam(
+            network.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
+        )
+    decayed = [p for n, p in network.named_parameters() if not _is_undecayed(n, p)]
+    spared = [p for n, p in network.named_parameters() if _is_undecayed(n, p)]
+    groups = [
+        {"params": decayed, "weight_decay": hparams["weight_decay"]},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=hparams["lr"])
+
+
+def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
+    # stacked biases of experts are two-dimensional
+    return parameter.ndim <= 1 or name.endswith("bias") or name in ("cls_token", "pos_embed")
+
+
+class learning_rate_factor:  # noqa: N801  used like a function; a class so that it can be copied
+    """Factor on the learning rate at each step.
+
+    "constant" and "cosine" (to zero) rise linearly over `warmup_fraction` of the run, if it is
+    given; "one_cycle" rises as a cosine from 1/25 over the warm-up, by default 30 % of the run, then
+    falls as a cosine to zero.
+    """
+
+    def __init__(self, hparams: Mapping[str, Any]):
+        self.schedule = hparams["schedule"]
+        self.steps = hparams["schedule_steps"]
+        self.warmup = hparams["warmup_fraction"]
+        if self.schedule == "one_cycle" and not self.warmup:
+            self.warmup = 0.3
+        if (self.schedule != "constant" or self.warmup) and self.steps < 1:
+            raise UsageError(
+                f"hparams schedule={self.schedule!r} and warmup_fraction={self.warmup} need "
+                f"schedule_steps, the number of steps of the run, but it is {self.steps}"
+            )
+
+    def __call__(self, step: int) -> float:
+        done = min((step + 1) / max(self.steps, 1), 1.0)
+        if done < self.warmup:
+            rise = done / self.warmup
+            if self.schedule == "one_cycle":
+                return 0.04 + 0.96 * (1 - math.cos(math.pi * rise)) / 2
+            return rise
+        if self.schedule == "constant":
+            return 1.0
+        fall = (done - self.warmup) / max(1 - self.warmup, 1e-12)
+        return (1 + math.cos(math.pi * fall)) / 2
+
+
+def _ema_update(decay: float) -> Callable:
+    """Exponential moving average whose memory grows with the run, so that early steps fade."""
+
+    @torch.no_grad()
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor) -> None:
+        steps = int(num_averaged)
+        weight = 1 - min(decay, (1 + steps) / (10 + steps))
+        floating = [i for i, value in enumerate(averaged) if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [averaged[i] for i in floating], [current[i].detach() for i in floating], weight
+        )
+        for i, value in enumerate(averaged):
+            if i not in floating:
+                value.copy_(current[i])
+
+    return update
+
+
+def autocast(device: torch.device, precision: str):
+    """bfloat16 autocast for "bf16", nothing for "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
