@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from domainbed_ext.errors import UsageError
@@ -54,7 +54,7 @@ def find_groups(
         raise UsageError(
             f"no records of {algorithm} on {dataset} with test_env {test_env}; there are {known}"
         )
-    return wanted
+    return sorted(wanted, key=lambda group: group.trial_seed)
 
 
 def list_top_hparams(args: argparse.Namespace) -> None:
@@ -83,13 +83,11 @@ def list_top_hparams(args: argparse.Namespace) -> None:
                 _print_text(group.trial_seed, runs)
 
 
-def _varying(runs: Sequence[tuple[Accuracy, list[Record]]]) -> list[str]:
-    """Names whose value differs between draws; all names when there is a single draw."""
-    hparams = [records[0].get("hparams", {}) for _, records in runs]
-    names = sorted(set().union(*hparams))
-    if len(runs) == 1:
-        return names
-    return [name for name in names if len({repr(draw.get(name)) for draw in hparams}) > 1]
+def _differing(runs: Sequence[tuple[Accuracy, list[Record]]]) -> list[str]:
+    """Names of the hyper-parameters whose value is not the same in all draws."""
+    draws = [records[0].get("hparams", {}) for _, records in runs]
+    names = sorted(set().union(*draws))
+    return [name for name in names if len({repr(draw.get(name)) for draw in draws}) > 1]
 
 
 def _output_dirs(records: Sequence[Record]) -> list[str]:
@@ -120,29 +118,31 @@ def _print_rich(trial_seed: int, runs: Sequence[tuple[Accuracy, list[Record]]]) 
     def shown(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
+    def pairs(hparams: Mapping[str, Any], names: Sequence[str]) -> Text:
+        return Text(", ".join(f"{name}={shown(hparams.get(name))}" for name in names))
+
     console = Console(highlight=False)
-    names = _varying(runs)
-    several = len(runs) > 1
+    differing = _differing(runs)
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ["validation %", "test %", "step", "hparams seed", *(names if several else [])]:
-        table.add_column(Text(column), justify="right", overflow="fold")
+    for column in ["val %", "test %", "step", "seed"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("differs in")
     for accuracy, records in runs:
-        hparams = records[0].get("hparams", {})
         table.add_row(
             f"{100 * accuracy.val:.1f}",
             f"{100 * accuracy.test:.1f}",
             str(accuracy.record["step"]),
             str(records[0]["args"]["hparams_seed"]),
-            *(Text(shown(hparams.get(name))) for name in (names if several else [])),
+            pairs(records[0].get("hparams", {}), differing),
         )
     console.print(Text(f"Trial {trial_seed}", style="bold"))
     console.print(table)
-    best = runs[0][1]
-    same = [name for name in sorted(best[0].get("hparams", {})) if not several or name not in names]
-    if same:
-        pairs = ", ".join(f"{name} {shown(best[0]['hparams'][name])}" for name in same)
-        console.print(Text(f"Same in all: {pairs}" if several else pairs, style="dim"))
-    console.print(Text("Best draw in: " + ", ".join(_output_dirs(best)), style="dim"))
+    best, best_records = runs[0]
+    hparams = best_records[0].get("hparams", {})
+    same = [name for name in sorted(hparams) if name not in differing]
+    console.print(Text("The same in all: ", style="dim"), pairs(hparams, same), sep="")
+    folder = best.record["args"].get("output_dir", "?")
+    console.print(Text(f"Best in: {folder}", style="dim"), soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from sweep_records import hand_made_records, make_record, write_sweep
+
+from domainbed_ext.errors import UsageError
+from domainbed_ext.records import (
+    append_record,
+    count_jobs,
+    group_records,
+    load_records,
+    read_records,
+    write_records,
+)
+
+
+def _record(step):
+    return make_record([0], step=step, in_acc=[0.5, 0.5], out_acc=[0.5, 0.5])
+
+
+def test_records_are_sorted_json_lines(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_record(path, _record(0) | {"loss": np.float32(0.5), "count": np.int64(3)})
+    append_record(path, _record(1))
+    lines = path.read_text().splitlines()
+    assert lines[1] == json.dumps(_record(1), sort_keys=True)
+    assert (json.loads(lines[0])["loss"], json.loads(lines[0])["count"]) == (0.5, 3)
+    assert [record["step"] for record in read_records(path)] == [0, 1]
+
+
+def test_values_that_json_lacks_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="object"):
+        append_record(tmp_path / "results.jsonl", {"loss": object()})
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_appending_after_a_killed_write_drops_the_partial_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_record(path, _record(0))
+    with open(path, "a") as file:
+        file.write('{"args": {"algo')
+    append_record(path, _record(1))
+    assert [record["step"] for record in read_records(path)] == [0, 1]
+
+
+def test_appending_keeps_a_whole_last_line_that_lacks_its_newline(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(_record(0)))
+    append_record(path, _record(1))
+    assert [record["step"] for record in read_records(path)] == [0, 1]
+
+
+def test_a_cut_off_last_line_is_left_out_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(_record(0)) + "\n" + json.dumps(_record(1))[:50])
+    with caplog.at_level(logging.WARNING):
+        assert [record["step"] for record in read_records(path)] == [0]
+    assert f"{path}, line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bad_line", "complaint"),
+    [
+        ("{broken", "line 2 is not a JSON record"),
+        ("[1, 2]", "no object 'args'"),
+        ('{"args": {"algorithm": "ERM"}}', r"lacks args\.dataset.*step"),
+    ],
+)
+def test_a_corrupt_line_is_named(tmp_path, bad_line, complaint):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(_record(0)) + "\n" + bad_line + "\n" + json.dumps(_record(1)) + "\n")
+    with pytest.raises(UsageError, match=complaint) as caught:
+        read_records(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_text_are_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UsageError, match="line 1"):
+        read_records(path)
+
+
+def test_write_records_replaces_the_file_whole(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for step in range(3):
+        append_record(path, _record(step))
+    write_records(path, read_records(path)[:1])
+    assert [record["step"] for record in read_records(path)] == [0]
+    assert [child.name for child in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_load_records_reads_every_job_and_a_single_one(tmp_path):
+    records = hand_made_records()
+    write_sweep(tmp_path, records, unfinished=["0" * 32])
+    (tmp_path / "results.txt").write_text("an old table")
+    loaded = load_records(tmp_path)
+    assert sorted(map(json.dumps, loaded)) == sorted(json.dumps(r, sort_keys=True) for r in records)
+    job = tmp_path / records[0]["args"]["output_dir"].split("/")[1]
+    assert [record["step"] for record in load_records(job)] == [0, 10]
+
+
+def test_jobs_without_done_are_unfinished(tmp_path):
+    write_sweep(tmp_path, hand_made_records(), unfinished=["0" * 32])
+    (tmp_path / "plots").mkdir()
+    jobs = count_jobs(tmp_path)
+    assert jobs.total == 11
+    assert jobs.unfinished == ["0" * 32]
+
+
+@pytest.mark.parametrize("reader", [load_records, count_jobs])
+def test_folders_that_are_not_there_are_refused(tmp_path, reader):
+    with pytest.raises(UsageError, match="does not exist"):
+        reader(tmp_path / "missing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        reader(tmp_path / "file")
+
+
+def test_a_run_with_two_test_domains_belongs_to_two_groups():
+    records = [
+        make_record([1, 0], in_acc=[0, 0, 0], out_acc=[0, 0, 0]),
+        make_record([0], in_acc=[0, 0, 0], out_acc=[0, 0, 0]),
+        make_record([], in_acc=[0, 0, 0], out_acc=[0, 0, 0]),
+    ]
+    groups = group_records(records)
+    assert [(group.test_env, len(group.records)) for group in groups] == [(1, 1), (0, 2)]
+    assert (groups[0].trial_seed, groups[0].dataset, groups[0].algorithm) == (0, "Debug28", "ERM")
