@@ -352,7 +352,7 @@ class learning_rate_factor:  # noqa: N801  used like a function; a class so that
     """Factor on the learning rate at each step.
 
     "constant" and "cosine" (to zero) rise linearly over `warmup_fraction` of the run, if it is
-    given; "one_cycle" rises as a cosine from 1/25 over the warm-up, by default 30 % of the run, then
+    given; "one_cycle" rises as a cosine from 1/25 over the warm-up, by default 30 % of the run, and
     falls as a cosine to zero.
     """
 

@@ -26,15 +26,17 @@ def create_featurizer(input_shape: tuple[int, int, int], hparams: Mapping[str, A
     """
     for name, instead in (("vit", "ERM_ViT"), ("dinov2", "ERM_ViT"), ("lars", "the default Adam")):
         if hparams.get(name):
-            raise UsageError(f"hparam {name!r} is not available for ERM here; use {instead} instead")
+            raise UsageError(
+                f"hparam {name!r} is not available for ERM here; use {instead} instead"
+            )
     if input_shape[1] < _SMALL_IMAGE:
         return SmallConvNet(input_shape[0])
     return ResNet(input_shape[0], hparams)
 
 
 class SmallConvNet(nn.Module):
-    """Four 3x3 convolutions (64, 128, 128, 128 channels, the second with stride 2), each followed by
-    ReLU and group normalisation, then the mean over positions."""
+    """Four 3x3 convolutions (64, 128, 128, 128 channels, the second with stride 2), each with ReLU
+    and group normalisation after it, then the mean over positions."""
 
     n_outputs = 128
     weights_tag = "random"
@@ -74,13 +76,15 @@ class ResNet(nn.Module):
         else:
             name = "resnet18.tv_in1k" if hparams["resnet18"] else "resnet50.tv_in1k"
         try:
-            self.network = timm.create_model(name, pretrained=True, in_chans=in_chans, num_classes=0)
+            self.network = timm.create_model(
+                name, pretrained=True, in_chans=in_chans, num_classes=0
+            )
         except Exception as error:
             first_line = (str(error).strip().splitlines() or [""])[0]
             raise UsageError(
-                f"the pretrained weights of {name} could not be loaded ({first_line}); ERM needs them "
-                "for images of 32 pixels and more. Load them once with a network connection, or use "
-                "ERM_ViT with pretrained=false"
+                f"the pretrained weights of {name} could not be loaded ({first_line}); ERM needs "
+                "them for images of 32 pixels and more. Load them once with a network connection, or "
+                "use ERM_ViT with pretrained=false"
             ) from error
         self.weights_tag = name
         self.n_outputs = self.network.num_features

@@ -31,17 +31,15 @@ def expert_capacity(
         num_experts: Experts they are routed to.
         top_k: Experts per ordinary token; extra experts of tail tokens do not enlarge the buffers.
         capacity_factor: 1 leaves just enough slots for perfectly balanced routing.
-        convention: "tutel" is GMoE's, k * int(cf * ceil(T/E)); "vmoe" is ceil(cf * T * k / E) rounded
-            up to a multiple of 4; "deepspeed" is ceil(T/E * k * cf), at least `min_capacity`.
+        convention: "tutel" is GMoE's, k * int(cf * ceil(T/E)); "vmoe" is ceil(cf * T * k / E)
+            rounded up to a multiple of 4; "deepspeed" is ceil(T/E * k * cf), at least `min_capacity`.
         min_capacity: Lower bound, for "deepspeed".
 
     Raises:
         ValueError: Not a positive factor, or "vmoe" with no slot at all.
     """
     if capacity_factor <= 0:
-        raise ValueError(
-            f"capacity_factor={capacity_factor} must be positive; None means that nothing is dropped"
-        )
+        raise ValueError(f"capacity_factor={capacity_factor} must be positive; None drops nothing")
     if convention == "tutel":
         return top_k * int(capacity_factor * math.ceil(num_tokens / num_experts))
     slots = math.ceil(num_tokens / num_experts * top_k * capacity_factor)
@@ -71,8 +69,8 @@ def limit_to_capacity(
     Args:
         routing: The plan before capacity.
         capacity: Slots per expert.
-        prioritised: Within a level, tokens with the highest top probability first (batch-prioritised
-            routing, V-MoE); otherwise in token order.
+        prioritised: Within a level, tokens with the highest top probability first
+            (batch-prioritised routing, V-MoE); otherwise in token order.
         renormalize: Weights of the surviving choices sum to 1 again (DeepSpeed). Tutel leaves them.
 
     Returns:

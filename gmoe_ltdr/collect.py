@@ -33,8 +33,8 @@ def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
         loss = cross_entropy(logits, labels) + balance_loss(routings, spec)
 
     Raises:
-        RuntimeError: On a second forward inside one context, or when a layer runs inside a reentrant
-            activation checkpoint, whose collected tensors would carry no gradient.
+        RuntimeError: On a second forward inside one context, or when a layer runs inside a
+            reentrant activation checkpoint, whose collected tensors would carry no gradient.
     """
     routings: dict[str, Routing] = {}
     grad_was_enabled = torch.is_grad_enabled()

@@ -88,8 +88,7 @@ class StackedExperts(nn.Module):
             else list(tokens_per_expert_e)
         )
         outputs = [
-            self._expert(expert, rows_nD)
-            for expert, rows_nD in enumerate(tokens_ND.split(counts))
+            self._expert(expert, rows_nD) for expert, rows_nD in enumerate(tokens_ND.split(counts))
         ]
         return torch.cat(outputs)
 

@@ -28,7 +28,8 @@ def load_balancing_loss(
 ) -> Tensor:
     """E * sum_e f_e p_e over the chosen tokens (LTDR Eq. 8; Switch = GShard form).
 
-    f_e is expert e's share of the tokens' choices, without gradient; p_e its mean clean probability.
+    f_e is expert e's share of the tokens' choices, without gradient; p_e its mean clean
+    probability.
     1 at perfect balance, E when all tokens choose one expert.
 
     Args:

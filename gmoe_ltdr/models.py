@@ -69,15 +69,16 @@ def create_dense_vit(name: str, *, pretrained: bool = False, **timm_kwargs: Any)
     cfg = get_pretrained_cfg(full_name, allow_unregistered=True) if ":" not in name else None
     if ":" not in name and not overlay and not (cfg and cfg.has_weights) and not _is_cfg(tag):
         raise ValueError(
-            f"timm has no pretrained weights for {full_name!r}; pass pretrained=False to start from "
-            "random weights, or pretrained_cfg_overlay={'file': 'weights.safetensors'}"
+            f"timm has no pretrained weights for {full_name!r}; pass pretrained=False to start "
+            "from random weights, or pretrained_cfg_overlay={'file': 'weights.safetensors'}"
         )
     try:
         return timm.create_model(name, pretrained=True, **timm_kwargs)
     except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
         raise RuntimeError(
             f"the pretrained weights of {name!r} could not be loaded "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}). "
+            f"({type(error).__name__}: {first_line}). "
             "Without a network, put them into the cache first or pass "
             "pretrained_cfg_overlay={'file': 'weights.safetensors'}; pretrained=False starts from "
             "random weights"
@@ -106,7 +107,9 @@ def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
     try:
         text = json.dumps(config, indent=1, sort_keys=True)
     except TypeError as error:
-        raise ValueError(f"the model's timm arguments cannot be written as JSON: {error}") from error
+        raise ValueError(
+            f"the model's timm arguments cannot be written as JSON: {error}"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     partial = folder / f".{_WEIGHTS_FILE}.{os.getpid()}"
@@ -156,8 +159,8 @@ def _moe_config(model: nn.Module) -> dict[str, Any]:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not layers or not name:
         raise ValueError(
-            "save_model needs a sparse model made from a timm name: use create_moe_vit, or upcycle_ "
-            "on a model of timm.create_model"
+            "save_model needs a sparse model made from a timm name: use create_moe_vit, or "
+            "upcycle_ on a model of timm.create_model"
         )
     kwargs = dict(getattr(model, "_model_args", {}))
     kwargs.setdefault("num_classes", model.num_classes)

@@ -25,7 +25,9 @@ class VisionContext:
         self.num_prefix_tokens = num_prefix_tokens
 
     def __call__(self, x: Tensor) -> TokenContext:
-        batch, length = (x.shape[:-1].numel() // x.shape[-2], x.shape[-2]) if x.dim() > 1 else (1, 1)
+        batch, length = (
+            (x.shape[:-1].numel() // x.shape[-2], x.shape[-2]) if x.dim() > 1 else (1, 1)
+        )
         return TokenContext.all_vision(
             batch, length, num_prefix_tokens=self.num_prefix_tokens, device=x.device
         )

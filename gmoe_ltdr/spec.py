@@ -258,7 +258,7 @@ def preset(name: str, **overrides: Any) -> MoESpec:
     if name == "ltdr_v2_literal" and "tail_top_k" not in overrides:
         spec = MoESpec(**values)
         # v2: four experts for tail tokens, twelve where there are 64
-        values["tail_top_k"] = max(spec.top_k, min(spec.num_experts, 12 if spec.num_experts >= 64 else 4))
+        values["tail_top_k"] = max(
+            spec.top_k, min(spec.num_experts, 12 if spec.num_experts >= 64 else 4)
+        )
     return MoESpec(**values)
-
-

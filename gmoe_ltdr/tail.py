@@ -121,7 +121,11 @@ def mean_rpv(rpv_BL: Tensor, candidates_BL: Tensor, *, scope: Scope, group=None)
     count = candidates_BL.sum(-1, keepdim=True).double()
     if not per_image:
         total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
-    if scope == "global" and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if (
+        scope == "global"
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
         both = torch.stack([total, count])
         torch.distributed.all_reduce(both, group=group)
         total, count = both.unbind()

@@ -1,8 +1,8 @@
 """Each token chooses its experts: GMoE, LTDR and LTDR's ablations are settings of this router.
 
 The paper's two modules are two arguments of `route`. Vision-specific dynamic expert activation
-(VsDEA, "EEA" in v1) is `tail_top_k` and `tail_rule`; the modality-specific distribution-aware router
-(MsDaR, "DAR") is not here at all: it is which tokens the balance loss looks at
+(VsDEA, "EEA" in v1) is `tail_top_k` and `tail_rule`; the modality-specific distribution-aware
+router (MsDaR, "DAR") is not here at all: it is which tokens the balance loss looks at
 (`MoESpec.balanced_modalities`).
 
 Shapes: B images, L tokens per image, T = B * L, D width, E experts.
@@ -140,8 +140,8 @@ class TokenChoiceRouter(Router):
     `MoESpec.router_options` understood here: `second_expert` ("argmax", "gumbel"), `prioritised`
     (batch-prioritised dropping, on), `eval_capacity` ("none": evaluation drops nothing, so that an
     image's logits do not depend on its batch mates; "batch": as in training, GMoE read literally),
-    `renormalize_after_capacity` (DeepSpeed), `capacity_convention`, `min_capacity`, and those of the
-    losses (`gmoe_ltdr.spec.OPTIONS`).
+    `renormalize_after_capacity` (DeepSpeed), `capacity_convention`, `min_capacity`, and those of
+    the losses (`gmoe_ltdr.spec.OPTIONS`).
     """
 
     def __init__(self, dim: int, spec: MoESpec):

@@ -1,0 +1,125 @@
+"""Capacity: slots, who keeps them, and what dropping leaves behind."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gmoe_ltdr.capacity import expert_capacity, limit_to_capacity
+from gmoe_ltdr.losses import load_balancing_loss
+from gmoe_ltdr.routers.token_choice import route
+from gmoe_ltdr.tail import TailRule
+from tests.vectors import logits, vision
+
+NO_TAIL = TailRule(kind="none")
+
+
+def decide(probs, top_k, **kwargs):
+    probs = torch.as_tensor(probs)
+    options = {"tail_top_k": top_k, "tail_rule": NO_TAIL, "weighting": "renormalize", **kwargs}
+    return route(logits(probs), vision(1, len(probs)), top_k=top_k, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "convention", "slots"),
+    [
+        ((4, 2, 1, 1.0), "tutel", 2),
+        ((4, 2, 1, 1.5), "tutel", 3),
+        ((18912, 6, 1, 1.5), "tutel", 4728),
+        ((3, 3, 2, 1.0), "tutel", 2),
+        ((10, 4, 2, 1.5), "deepspeed", 8),
+        ((10, 4, 2, 2.0), "deepspeed", 10),
+        ((3, 3, 2, 0.5), "deepspeed", 1),
+        ((10, 4, 2, 1.0), "vmoe", 8),
+    ],
+)
+def test_slots(arguments, convention, slots):
+    assert expert_capacity(*arguments, convention=convention) == slots
+
+
+def test_impossible_capacities():
+    with pytest.raises(ValueError, match="capacity_factor=0"):
+        expert_capacity(10, 2, 1, 0.0)
+    with pytest.raises(ValueError, match="no slot"):
+        expert_capacity(0, 4, 1, 1.0, convention="vmoe")
+    assert expert_capacity(1, 4, 1, 0.1, convention="deepspeed", min_capacity=4) == 4
+
+
+FOUR = [[0.6, 0.4], [0.9, 0.1], [0.7, 0.3], [0.8, 0.2]]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "prioritised", "kept"),
+    [(2, False, {0, 1}), (2, True, {1, 3}), (3, False, {0, 1, 2}), (3, True, {1, 2, 3})],
+)
+def test_who_keeps_a_slot(capacity, prioritised, kept):
+    limited = limit_to_capacity(decide(FOUR, 1), capacity, prioritised=prioritised)
+    assert set(limited.dispatch_mask_TE[:, 0].nonzero().flatten().tolist()) == kept
+    # dropped tokens leave the layer as zero; kept ones have their old weight
+    dropped = [t for t in range(4) if t not in kept]
+    assert limited.combine_weights_TE[dropped].sum() == 0
+    assert limited.requested_mask_TE.sum() == 4
+
+
+THREE = [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.1, 0.2]]
+
+
+@pytest.mark.parametrize(
+    ("prioritised", "kept"),
+    [(False, [[1, 1], [1, 1], [0, 1]]), (True, [[1, 1], [0, 1], [1, 1]])],
+)
+def test_first_choices_are_served_first(prioritised, kept):
+    plan = decide(THREE, 2)
+    limited = limit_to_capacity(plan, 2, prioritised=prioritised)
+    order = plan.logits_TE.argsort(descending=True, stable=True)[:, :2]
+    assert limited.dispatch_mask_TE.gather(1, order).int().tolist() == kept
+
+
+def test_deepspeed_renormalises_after_dropping():
+    plan = decide([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.2, 0.1]], 2)
+    assert load_balancing_loss(plan).item() == pytest.approx(1.8)
+    limited = limit_to_capacity(plan, 2, prioritised=False, renormalize=True)
+    expected = [[0.666667, 0.333333, 0], [0.555556, 0.444444, 0], [0, 0, 0]]
+    torch.testing.assert_close(
+        limited.combine_weights_TE, torch.tensor(expected), atol=1e-6, rtol=0
+    )
+    assert load_balancing_loss(limited).item() == pytest.approx(1.8)  # counted before dropping
+    only_first = limit_to_capacity(plan, 1, prioritised=False, renormalize=True)
+    assert only_first.dispatch_mask_TE.any(1).tolist() == [True, False, False]
+
+
+def test_tutel_keeps_weights_as_they_were():
+    plan = decide(THREE, 2)
+    limited = limit_to_capacity(plan, 1)
+    kept = limited.dispatch_mask_TE
+    assert torch.equal(limited.combine_weights_TE[kept], plan.combine_weights_TE[kept])
+
+
+def test_extra_choices_of_tail_tokens_come_last():
+    # token 1 is tail and wants both experts; token 0's first choice is served before its second
+    plan = decide(
+        [[0.45, 0.55], [0.9, 0.1]], 1, tail_top_k=2, tail_rule=TailRule(), weighting="raw"
+    )
+    assert plan.experts_per_token_T.tolist() == [1, 2]
+    limited = limit_to_capacity(plan, 1)
+    assert limited.dispatch_mask_TE.tolist() == [[False, True], [True, False]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(2, 6), st.integers(0, 8), st.booleans(), st.integers(0, 99))
+def test_capacity_is_never_exceeded_and_monotone(tokens, experts, capacity, prioritised, seed):
+    generator = torch.Generator().manual_seed(seed)
+    plan = route(
+        torch.randn(tokens, experts, generator=generator),
+        vision(1, tokens),
+        top_k=min(2, experts),
+        tail_top_k=experts,
+        tail_rule=TailRule(),
+        weighting="renormalize",
+    )
+    limited = limit_to_capacity(plan, capacity, prioritised=prioritised)
+    assert (limited.tokens_per_expert_E <= capacity).all()
+    assert torch.equal(limited.tokens_per_expert_E, plan.tokens_per_expert_E.clamp(max=capacity))
+    wider = limit_to_capacity(plan, capacity + 1, prioritised=prioritised)
+    assert not (limited.dispatch_mask_TE & ~wider.dispatch_mask_TE).any()
+    assert (limited.combine_weights_TE[~limited.dispatch_mask_TE] == 0).all()

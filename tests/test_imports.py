@@ -1,0 +1,54 @@
+"""The direction of imports: the method knows nothing of the protocol, and optional packages are
+imported where they are used."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = {
+    "tutel", "deepspeed", "transformers", "matplotlib", "resvg_py", "submitit", "ray", "wandb",
+    "tensorboard", "onnx", "onnxruntime", "domainbed",
+}  # fmt: skip
+FORBIDDEN_NAMES = {"misc.py", "utils.py", "util.py", "common.py", "helpers.py", "helper.py"}
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(tree: ast.AST, *, top_level_only: bool) -> set[str]:
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", files("gmoe_ltdr"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_method_does_not_know_the_protocol(path):
+    assert "domainbed_ext" not in imported(ast.parse(path.read_text()), top_level_only=False)
+
+
+@pytest.mark.parametrize(
+    "path", files("gmoe_ltdr", "domainbed_ext"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_optional_packages_are_imported_where_used(path):
+    assert not imported(ast.parse(path.read_text()), top_level_only=True) & OPTIONAL
+
+
+def test_only_algorithms_and_training_know_the_method():
+    users = {
+        path.name
+        for path in files("domainbed_ext")
+        if "gmoe_ltdr" in imported(ast.parse(path.read_text()), top_level_only=True)
+    }
+    assert users <= {"algorithms.py"}
+
+
+def test_file_names_say_something():
+    assert not {p.name for p in files("gmoe_ltdr", "domainbed_ext")} & FORBIDDEN_NAMES
