@@ -9,7 +9,7 @@ whole batches.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -40,6 +40,7 @@ class TrainBatches:
         seed: Of the run. Splits with different names draw differently under one seed.
         transform: The data set's train transform.
         num_workers: Processes that decode image files; ignored for in-memory data.
+        pin_memory: Have the decoded batches in page-locked memory.
         start_step: The first batch's step.
         weights: A sampling weight per image of the split.
     """
@@ -54,6 +55,7 @@ class TrainBatches:
         num_workers: int = 0,
         start_step: int = 0,
         weights: Tensor | None = None,
+        pin_memory: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} is below 1; choose a positive number")
@@ -67,10 +69,11 @@ class TrainBatches:
             raise ValueError(f"{len(weights)} weights for the {len(split)} images of {split.name}")
         self.start_step = start_step
         self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self._batches = _TrainSteps(split, batch_size, seed, transform, weights)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _iterate(self._batches, count(self.start_step), self.num_workers)
+        return _iterate(self._batches, count(self.start_step), self.num_workers, self.pin_memory)
 
 
 class EvalBatches:
@@ -81,22 +84,30 @@ class EvalBatches:
         batch_size: Images per batch; the last one may be smaller.
         transform: The data set's eval transform.
         num_workers: Processes that decode image files; ignored for in-memory data.
+        pin_memory: Have the decoded batches in page-locked memory.
     """
 
     def __init__(
-        self, split: EnvSplit, *, batch_size: int, transform: Transform, num_workers: int = 0
+        self,
+        split: EnvSplit,
+        *,
+        batch_size: int,
+        transform: Transform,
+        num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"eval_batch_size={batch_size} is below 1; choose a positive number")
         self.split = split
         self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self._batches = _EvalSteps(split, batch_size, transform)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _iterate(self._batches, range(len(self)), self.num_workers)
+        return _iterate(self._batches, range(len(self)), self.num_workers, self.pin_memory)
 
 
 class _Steps(Dataset):
@@ -207,22 +218,20 @@ class _Reporting(Dataset):
 
 
 class _StepSampler(Sampler):
-    def __init__(self, steps: Any) -> None:
+    def __init__(self, steps: Iterable[int]) -> None:
         self.steps = steps
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps)
 
 
-def _single_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
 def _as_is(item: Any) -> Any:
     return item
 
 
-def _iterate(batches: _Steps, steps: Any, num_workers: int) -> Iterator[Batch]:
+def _iterate(
+    batches: _Steps, steps: Iterable[int], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
     if num_workers == 0 or batches.split.environment.in_memory:
         for step in steps:
             yield batches[step]
@@ -233,7 +242,7 @@ def _iterate(batches: _Steps, steps: Any, num_workers: int) -> Iterator[Batch]:
         sampler=_StepSampler(steps),
         num_workers=num_workers,
         collate_fn=_as_is,
-        worker_init_fn=_single_thread,
+        pin_memory=pin_memory,
         # DataLoader draws a base seed from the global generator otherwise, moving the run's stream.
         generator=torch.Generator(),
     )

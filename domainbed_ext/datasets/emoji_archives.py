@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from domainbed_ext.errors import UsageError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,27 @@ def verify_archive(archive: EmojiArchive, path: Path) -> None:
         )
 
 
-def fetch_archives(archives: Sequence[EmojiArchive], folder: Path) -> dict[str, Path]:
-    """Paths of the checked archives by domain; those not yet in ``folder`` are fetched into it."""
+def fetch_archives(
+    archives: Sequence[EmojiArchive],
+    folder: Path,
+    *,
+    announce: Callable[[str], None] | None = None,
+) -> dict[str, Path]:
+    """Paths of the checked archives by domain; those not yet in ``folder`` are fetched into it.
+
+    Args:
+        archives: Which.
+        folder: Where they are kept.
+        announce: Told in a line before each client runs, which takes a while.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for client, fetch in (("pip", _pip_download), ("npm", _npm_pack)):
         missing = [
             a for a in archives if a.client == client and not (folder / a.filename).is_file()
         ]
         if missing:
-            logger.info("fetching %s with %s", ", ".join(a.requirement for a in missing), client)
+            if announce is not None:
+                announce(f"fetching {', '.join(a.requirement for a in missing)} with {client}")
             fetch(missing, folder)
     return local_archives(archives, folder)
 

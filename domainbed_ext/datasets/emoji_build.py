@@ -45,6 +45,7 @@ def build_emojidg(
     archives: str | os.PathLike[str] | None = None,
     rebuild: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Makes sure the cache below ``data_dir`` holds EmojiDG's domains.
 
@@ -53,6 +54,7 @@ def build_emojidg(
         archives: a folder that already holds the archives; nothing is fetched then.
         rebuild: draw again even what is there and intact.
         progress: called after each image.
+        announce: told in a line before archives are fetched.
 
     Returns:
         The domains that had to be drawn; empty when everything was there.
@@ -67,7 +69,7 @@ def build_emojidg(
     if archives is not None:
         paths = local_archives(todo, Path(archives))
     else:
-        paths = fetch_archives(todo, folder / "archives")
+        paths = fetch_archives(todo, folder / "archives", announce=announce)
     folder.mkdir(parents=True, exist_ok=True)
     entries = dict(kept)
     for archive in todo:
@@ -88,7 +90,7 @@ def intact_domains(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         domain: entry
         for domain, entry in index["domains"].items()
-        if entry["archive_sha256"] == pins.get(domain)
+        if entry.get("archive_sha256") == pins.get(domain)
         and (folder / entry["file"]).is_file()
         and file_sha256(folder / entry["file"]) == entry["sha256"]
     }

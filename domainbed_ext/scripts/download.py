@@ -14,24 +14,34 @@ from domainbed_ext.errors import UsageError
 def download_emojidg(data_dir: Path, *, npm: bool, archives: Path | None, rebuild: bool) -> None:
     """Fetches and draws EmojiDG's domains that are not there yet, with a progress display."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
     from domainbed_ext.datasets.emoji import CACHE_FOLDER
     from domainbed_ext.datasets.emoji_build import build_emojidg
 
     folder = data_dir / CACHE_FOLDER
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True)) as display:
-        tasks = {}
+    display = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def advance(domain: str, done: int, total: int) -> None:
-            if domain not in tasks:
-                tasks[domain] = display.add_task(domain, total=total)
-            display.update(tasks[domain], completed=done)
+    def advance(domain: str, done: int, total: int) -> None:
+        if domain not in tasks:
+            display.start()
+            tasks[domain] = display.add_task(domain, total=total)
+        display.update(tasks[domain], completed=done)
 
+    try:
         drawn = build_emojidg(
-            data_dir, npm=npm, archives=archives, rebuild=rebuild, progress=advance
+            data_dir,
+            npm=npm,
+            archives=archives,
+            rebuild=rebuild,
+            progress=advance,
+            announce=lambda text: print(text, file=sys.stderr),
         )
+    finally:
+        if tasks:
+            display.stop()
     if drawn:
         print(f"EmojiDG: drew {', '.join(drawn)} into {folder}")
     else:
