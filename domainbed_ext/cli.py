@@ -1,0 +1,67 @@
+"""The `ltdr` command: one name for the scripts, and a check of the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+# Command: (module with the main function, one line).
+COMMANDS = {
+    "train": ("domainbed_ext.scripts.train", "train one algorithm on one data set"),
+    "sweep": ("domainbed_ext.scripts.sweep", "run many training jobs; stop and go on at any time"),
+    "collect": ("domainbed_ext.scripts.collect_results", "make tables of a sweep's results"),
+    "top": ("domainbed_ext.scripts.list_top_hparams", "list a sweep's best hyper-parameters"),
+    "download": ("domainbed_ext.scripts.download", "fetch data sets and check them"),
+    "doctor": ("domainbed_ext.doctor", "say what this machine has, and how to get the rest"),
+}
+
+HELP = """\
+usage: ltdr COMMAND [options]
+
+Sparse mixture-of-experts vision transformers with long-tailed distribution-aware routing, measured
+by DomainBed's protocol.
+
+commands:
+{commands}
+
+`ltdr COMMAND --help` explains a command and shows examples; `ltdr --version` prints the version.
+
+a first sweep, on data that needs no download:
+  ltdr sweep --algorithms ERM_ViT GMOE LTDR --datasets RotatedDigits --n_hparams 1 --n_trials 1 \\
+      --single_test_envs --test_envs 0 --steps 200
+  ltdr collect --input_dir sweep_output
+
+the same commands under DomainBed's names:
+  python -m domainbed.scripts.{{train,sweep,collect_results,download,list_top_hparams}}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hands over to a command. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        lines = (f"  {command:9} {text}" for command, (_, text) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    if name == "--version":
+        from domainbed_ext.provenance import code_version
+
+        print(f"ltdr {code_version()}")
+        return 0
+    if name not in COMMANDS:
+        print(
+            f"error: unknown command {name!r}; choose among {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        return 2
+    command: Callable[..., Any] = import_module(COMMANDS[name][0]).main
+    try:
+        return command(arguments[1:], prog=f"ltdr {name}") or 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Which jobs a sweep consists of: DomainBed's combinations, arguments and folder names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from domainbed_ext.datasets import num_environments
+from domainbed_ext.errors import UsageError
+from domainbed_ext.jobs import Job
+from domainbed_ext.seeds import seed_hash
+
+CEILING_DATASETS = ("EmojiDG", "EmojiDG6")
+
+
+def make_jobs(args: argparse.Namespace) -> list[Job]:
+    """The jobs in DomainBed's order, with DomainBed's arguments and so DomainBed's folder names."""
+    if args.n_trials < 1 or args.n_hparams <= args.n_hparams_from or args.n_hparams_from < 0:
+        raise UsageError(
+            f"--n_trials {args.n_trials} --n_hparams_from {args.n_hparams_from} --n_hparams "
+            f"{args.n_hparams} "
+            "make no job; take at least one trial and n_hparams above n_hparams_from"
+        )
+    jobs = []
+    how = {
+        "device": args.device,
+        "num_workers": args.num_workers,
+        "skip_model_save": args.skip_model_save,
+    }
+    for trial_seed in range(args.n_trials):
+        for dataset in dict.fromkeys(args.datasets):
+            choices = list(test_env_choices(dataset, args))
+            for algorithm in dict.fromkeys(args.algorithms):
+                for test_envs in choices:
+                    for hparams_seed in range(args.n_hparams_from, args.n_hparams):
+                        train_args: dict[str, Any] = {
+                            "dataset": dataset,
+                            "algorithm": algorithm,
+                            "test_envs": test_envs,
+                            "holdout_fraction": args.holdout_fraction,
+                            "hparams_seed": hparams_seed,
+                            "data_dir": args.data_dir,
+                            "task": args.task,
+                            "trial_seed": trial_seed,
+                            "seed": seed_hash(
+                                dataset, algorithm, test_envs, hparams_seed, trial_seed
+                            ),
+                        }
+                        # Only when given: they are part of the hash.
+                        if args.steps is not None:
+                            train_args["steps"] = args.steps
+                        if args.hparams is not None:
+                            train_args["hparams"] = args.hparams
+                        jobs.append(Job.in_sweep(train_args, args.output_dir, **how))
+    return jobs
+
+
+def test_env_choices(dataset: str, args: argparse.Namespace) -> Iterator[list[int]]:
+    """The test domains of each job: each alone, then with each later one; last, none (ceiling)."""
+    num = num_environments(dataset)
+    wanted = set(range(num) if args.test_envs is None else args.test_envs)
+    if not wanted <= set(range(num)):
+        raise UsageError(
+            f"--test_envs {' '.join(map(str, args.test_envs))} is out of range for {dataset}; "
+            f"it has domains 0 to {num - 1}"
+        )
+    if num < 3 and not args.single_test_envs:
+        raise UsageError(
+            f"{dataset} has {num} domains, too few to hold out pairs; pass --single_test_envs"
+        )
+    for first in range(num):
+        pairs = (
+            [] if args.single_test_envs else [[first, second] for second in range(first + 1, num)]
+        )
+        yield from (envs for envs in [[first], *pairs] if wanted & set(envs))
+    if args.ceiling or (args.ceiling is None and dataset in CEILING_DATASETS):
+        yield []

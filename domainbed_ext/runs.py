@@ -1,0 +1,173 @@
+"""What a run consists of before its first step: data, splits, algorithm, device, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from domainbed_ext.algorithms import get_algorithm_class
+from domainbed_ext.datasets import get_dataset_class
+from domainbed_ext.datasets.base import EnvSplit
+from domainbed_ext.errors import UsageError
+from domainbed_ext.jobs import TrainArgs
+from domainbed_ext.provenance import provenance
+
+
+@dataclass
+class Run:
+    """Everything a run consists of before its first step.
+
+    Attributes:
+        args: What was asked for.
+        hparams: All hyper-parameters; the dict that the algorithm gets and records hold.
+        dataset: With its transforms.
+        splits: By name, in the order of evaluation: all "in", then all "out", then the rest.
+        algorithm: On its device.
+        num_steps, checkpoint_freq: From the arguments or the data set.
+        device: "cpu" or "cuda".
+        num_workers: Decoding processes per loader.
+        provenance: Goes into every record.
+    """
+
+    args: TrainArgs
+    hparams: dict[str, Any]
+    dataset: Any
+    splits: dict[str, EnvSplit]
+    algorithm: Any
+    num_steps: int
+    checkpoint_freq: int
+    device: str
+    num_workers: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What checkpoints and saved models say about the run."""
+        return {
+            "args": self.args.record_args(),
+            "model_input_shape": list(self.dataset.input_shape),
+            "model_num_classes": self.dataset.num_classes,
+            "model_num_domains": len(self.dataset) - len(self.args.test_envs),
+            "model_hparams": self.hparams,
+            "class_names": list(self.dataset.class_names),
+            "provenance": self.provenance,
+        }
+
+
+def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
+    """Loads the data and makes the algorithm, under the run's seed.
+
+    Args:
+        args: Checked arguments.
+        hparams: All hyper-parameters, as `domainbed_ext.scripts.train.run_hparams` gives them.
+    """
+    dataset_class = get_dataset_class(args.dataset)
+    num_steps = args.steps or dataset_class.N_STEPS
+    hparams = dict(hparams)
+    if hparams.get("schedule_steps") == 0:
+        hparams["schedule_steps"] = num_steps
+    device = choose_device(args.device)
+    seed_everything(args.seed)
+    dataset = dataset_class(args.data_dir, list(args.test_envs), hparams)
+    splits = evaluation_splits(dataset, args)
+    algorithm_class = get_algorithm_class(args.algorithm)
+    num_domains = len(dataset) - len(args.test_envs)
+    algorithm = algorithm_class(dataset.input_shape, dataset.num_classes, num_domains, hparams).to(
+        device
+    )
+    return Run(
+        args=args,
+        hparams=hparams,
+        dataset=dataset,
+        splits=splits,
+        algorithm=algorithm,
+        num_steps=num_steps,
+        checkpoint_freq=args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ,
+        device=device,
+        num_workers=dataset_class.N_WORKERS if args.num_workers is None else args.num_workers,
+        provenance=provenance(dataset=dataset, algorithm=algorithm, hparams=hparams, device=device),
+    )
+
+
+def evaluation_splits(dataset: Any, args: TrainArgs) -> dict[str, EnvSplit]:
+    """All splits by name, in DomainBed's order: all "in", all "out", then the others."""
+    per_env = [
+        dataset.splits(
+            env,
+            holdout_fraction=args.holdout_fraction,
+            trial_seed=args.trial_seed,
+            uda_holdout_fraction=args.uda_holdout_fraction,
+            test_envs=args.test_envs,
+        )
+        for env in range(len(dataset))
+    ]
+    kinds = list(dict.fromkeys(["in", "out", *(kind for splits in per_env for kind in splits)]))
+    named = {
+        f"env{env}_{kind}": per_env[env][kind]
+        for kind in kinds
+        for env in range(len(dataset))
+        if kind in per_env[env]
+    }
+    for name, split in named.items():
+        if len(split) == 0 and not name.endswith("_uda"):
+            env = split.environment
+            raise UsageError(
+                f"{name} (environment {env.name}, {len(env)} images) is empty with "
+                "--holdout_fraction "
+                f"{args.holdout_fraction}; choose a fraction that leaves images on both sides"
+            )
+    return {name: split for name, split in named.items() if len(split)}
+
+
+def choose_device(device: str) -> str:
+    """The device of "auto", "cpu" or "cuda"."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda: torch finds no CUDA device; pass --device cpu, or see `ltdr doctor`"
+        )
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def reproducible_kernels(device: str) -> Iterator[None]:
+    """Same seeds, same device, same numbers. Puts settings back: a worker runs many jobs."""
+    if device != "cuda":
+        yield
+        return
+    # cuBLAS reads this when it is first used; without it, its results may depend on stream timing.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    cudnn.deterministic, cudnn.benchmark = True, False
+    # Only a warning: an algorithm from elsewhere may need a kernel that has no deterministic form.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before[:2]
+        torch.use_deterministic_algorithms(before[2], warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,314 @@
+"""Runs a sweep of training jobs: `python -m domainbed_ext.scripts.sweep`, or `ltdr sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from domainbed_ext.datasets import (
+    DATASETS,
+    DEFAULT_DATA_DIR,
+    FoundDataset,
+    find_datasets,
+)
+from domainbed_ext.errors import UsageError
+from domainbed_ext.hparams import VIT_ALGORITHMS
+from domainbed_ext.jobs import TASKS, Job, JobState, job_label
+from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE
+from domainbed_ext.plan import make_jobs
+from domainbed_ext.scripts.train import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    check_args,
+)
+
+ALGORITHMS = ("ERM", *VIT_ALGORITHMS)
+# A diverged job would diverge again, step for step; the others are worth another try.
+LAUNCHABLE = (JobState.NOT_LAUNCHED, JobState.INCOMPLETE, JobState.FAILED)
+
+DESCRIPTION = """\
+Run every combination of data sets, algorithms, test domains, hyper-parameter draws and trials as
+one job each. A job's folder is named by a hash of its arguments, so a sweep can be stopped at any
+time: launching it again goes on with unfinished jobs and leaves finished ones alone.
+"""
+EXAMPLES = """\
+commands:
+  launch              run what is not done yet (the default)
+  status              say what is done and what is not, and stop
+  delete_incomplete   delete the folders of jobs that are neither done nor running
+
+examples:
+  default hyper-parameters, one trial, each domain held out once, on data that needs no download:
+    ltdr sweep --algorithms ERM_ViT GMOE LTDR --datasets RotatedDigits --n_hparams 1 --n_trials 1 \\
+        --single_test_envs
+
+  the full protocol on PACS (20 draws, 3 trials, pairs of test domains too: 600 jobs per algorithm):
+    ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs
+
+  see the commands instead of running them:
+    ltdr sweep --algorithms LTDR --datasets RotatedDigits --command_launcher dummy
+
+then: ltdr collect --input_dir sweep_output
+
+exit status: 0 all jobs done, 1 a job failed, 2 bad input, 130 interrupted
+"""
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """DomainBed's flags, with defaults where DomainBed has none, and a few of ours."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        default="launch",
+        choices=("launch", "status", "delete_incomplete"),
+        help="default: launch",
+    )
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="DATASET",
+        help="default: all that are found, the Debug ones left out",
+    )
+    parser.add_argument(
+        "--algorithms",
+        nargs="+",
+        default=list(ALGORITHMS),
+        metavar="ALGORITHM",
+        help="default: all",
+    )
+    parser.add_argument("--task", default=TASKS[0], choices=TASKS)
+    parser.add_argument(
+        "--n_hparams_from", type=int, default=0, help="first hyper-parameter draw (default: 0)"
+    )
+    parser.add_argument(
+        "--n_hparams",
+        type=int,
+        default=20,
+        help="draws up to, not including, this number; draw 0 is the defaults (20)",
+    )
+    parser.add_argument("--output_dir", default="sweep_output", help="default: %(default)s")
+    parser.add_argument("--data_dir", default=DEFAULT_DATA_DIR, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="accepted as by DomainBed, which does not use it either"
+    )
+    parser.add_argument(
+        "--n_trials", type=int, default=3, help="trials: splits and draws differ (default: 3)"
+    )
+    parser.add_argument(
+        "--command_launcher", default="local", help=f"{', '.join(REGISTRY)} (default: local)"
+    )
+    parser.add_argument("--steps", type=int, help="steps of each job (default: the data set's)")
+    parser.add_argument("--hparams", metavar="JSON", help="hyper-parameters to change in every job")
+    parser.add_argument("--holdout_fraction", type=float, default=0.2)
+    parser.add_argument(
+        "--single_test_envs", action="store_true", help="hold out one domain at a time, no pairs"
+    )
+    parser.add_argument(
+        "--test_envs",
+        type=int,
+        nargs="+",
+        metavar="ENV",
+        help="only jobs that test on one of these domains",
+    )
+    parser.add_argument(
+        "--ceiling",
+        action=argparse.BooleanOptionalAction,
+        help="add jobs trained on all domains (default: for EmojiDG and EmojiDG6)",
+    )
+    parser.add_argument("--skip_confirmation", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="how many at once (default: the launcher decides)"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--num_workers", type=int, help="processes per loader that decode image files"
+    )
+    parser.add_argument("--skip_model_save", action="store_true", help="save no models")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = build_parser(prog).parse_args(argv)
+    try:
+        return sweep(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what is not done", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Does what the parsed command line says. Returns the exit status."""
+    if args.command_launcher not in REGISTRY:
+        raise UsageError(
+            f"--command_launcher {args.command_launcher} is unknown; choose among "
+            f"{', '.join(REGISTRY)}"
+        )
+    if args.jobs is not None and args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs} is too small; choose 1 or more")
+    found = find_datasets(args.data_dir)
+    args.datasets = args.datasets or [
+        item.name for item in found if "Debug" not in item.name and _usable(item)
+    ]
+    jobs = make_jobs(args)
+    for job in {(job.args.algorithm, job.args.dataset): job for job in jobs}.values():
+        check_args(job.args)
+    states = {job.output_dir: job.state for job in jobs}
+    _print_data(args, found)
+    print_jobs(jobs, states)
+    if args.command == "status":
+        return EXIT_OK
+    if args.command == "delete_incomplete":
+        return _delete_incomplete(jobs, states, args)
+    return _launch(jobs, states, args)
+
+
+def print_jobs(jobs: Sequence[Job], states: dict[Path, JobState]) -> None:
+    """A table of data set x algorithm, with the number of jobs in each state."""
+    table = Table(box=box.SIMPLE, title=f"{len(jobs)} jobs", title_justify="left", pad_edge=False)
+    table.add_column("data set")
+    table.add_column("algorithm")
+    table.add_column("jobs", justify="right")
+    shown = [state for state in JobState if state in states.values()]
+    for state in shown:
+        table.add_column(state.value.lower(), justify="right")
+    for dataset, algorithm in dict.fromkeys((job.args.dataset, job.args.algorithm) for job in jobs):
+        here = [
+            states[job.output_dir]
+            for job in jobs
+            if job.args.dataset == dataset and job.args.algorithm == algorithm
+        ]
+        counts = [str(here.count(state) or "-") for state in shown]
+        table.add_row(dataset, algorithm, str(len(here)), *counts)
+    _console().print(table)
+
+
+def _print_data(args: argparse.Namespace, found: Sequence[FoundDataset]) -> None:
+    by_name = {item.name: item for item in found}
+    for name in dict.fromkeys(args.datasets):
+        item = by_name.get(name)
+        if item is None:
+            continue
+        where = "embedded" if item.path is None else str(item.path)
+        problem = f"; {item.problem}" if item.problem else ""
+        print(f"{name}: {item.num_images} images, {where}{problem}")
+    absent = [name for name in DATASETS if name not in by_name]
+    missing = [name for name in args.datasets if name in absent]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} not found in the data folder {args.data_dir}; get it with "
+            f"`ltdr download {missing[0]} --data_dir {args.data_dir}`, or name its "
+            "folder with --data_dir"
+        )
+    if absent:
+        print(
+            f"not found in {args.data_dir}, so not used: {', '.join(absent)} (see `ltdr download "
+            "--help`)"
+        )
+
+
+def _launch(jobs: Sequence[Job], states: dict[Path, JobState], args: argparse.Namespace) -> int:
+    to_launch = [job for job in jobs if states[job.output_dir] in LAUNCHABLE]
+    if to_launch:
+        going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in to_launch)
+        remark = f", {going_on} of them from their last checkpoint" if going_on else ""
+        _confirm(f"About to run {len(to_launch)} jobs in {args.output_dir}{remark}.", args)
+        commands = [
+            [sys.executable, "-m", TRAIN_MODULE, *job.args.command_line()] for job in to_launch
+        ]
+        REGISTRY[args.command_launcher](commands, num_workers=args.jobs)
+    else:
+        print("Nothing to launch.")
+    if args.command_launcher == "dummy":
+        return EXIT_OK
+    return _report(jobs, args)
+
+
+def _report(jobs: Sequence[Job], args: argparse.Namespace) -> int:
+    """What became of the jobs; failed ones with their folder and the last line of their err.txt."""
+    states = [job.state for job in jobs]
+    counts = ", ".join(
+        f"{states.count(state)} {state.value.lower()}" for state in JobState if state in states
+    )
+    print(f"{len(jobs)} jobs: {counts}.")
+    bad = [
+        job
+        for job, state in zip(jobs, states, strict=True)
+        if state in (JobState.FAILED, JobState.DIVERGED)
+    ]
+    for job in bad:
+        print(
+            f"failed: {job.output_dir} ({job_label(job.args)})\n    {job.last_error_line()}",
+            file=sys.stderr,
+        )
+    if JobState.DIVERGED in states:
+        print(
+            "Diverged jobs would diverge again, so launching leaves them alone; "
+            "`delete_incomplete` removes them.",
+            file=sys.stderr,
+        )
+    if JobState.DONE in states:
+        print(f"Results: ltdr collect --input_dir {args.output_dir}")
+    return EXIT_FAILED if bad else EXIT_OK
+
+
+def _delete_incomplete(
+    jobs: Sequence[Job], states: dict[Path, JobState], args: argparse.Namespace
+) -> int:
+    kept = (JobState.NOT_LAUNCHED, JobState.DONE, JobState.RUNNING)
+    folders = [job.output_dir for job in jobs if states[job.output_dir] not in kept]
+    if not folders:
+        print("Nothing to delete.")
+        return EXIT_OK
+    _confirm(
+        f"About to delete {len(folders)} job folders in {args.output_dir}, checkpoints included.",
+        args,
+    )
+    for folder in folders:
+        shutil.rmtree(folder)
+    print(f"Deleted {len(folders)} job folders.")
+    return EXIT_OK
+
+
+def _confirm(what: str, args: argparse.Namespace) -> None:
+    print(what, flush=True)
+    if args.skip_confirmation or (args.command_launcher == "dummy" and args.command == "launch"):
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "nobody can be asked here (the input is not a terminal); pass --skip_confirmation"
+        )
+    if input("Are you sure? (y/n) ").strip().lower()[:1] != "y":
+        print("Nothing done.")
+        raise SystemExit(EXIT_OK)
+
+
+def _usable(item: FoundDataset) -> bool:
+    return item.num_images > 0
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""Trains one algorithm on one data set: `python -m domainbed_ext.scripts.train`, `ltdr train`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
+from domainbed_ext.display import ReportProgress, run_progress, tee_output
+from domainbed_ext.errors import UsageError
+from domainbed_ext.hparams import default_hparams, parse_hparams, random_hparams
+from domainbed_ext.jobs import (
+    DONE_FILE,
+    FAILED_FILE,
+    TASKS,
+    DivergedError,
+    JobBusyError,
+    TrainArgs,
+    check_same_run,
+    job_label,
+    job_lock,
+    make_folder,
+    mark_failed,
+    run_identity,
+)
+from domainbed_ext.seeds import seed_hash
+
+if TYPE_CHECKING:
+    from domainbed_ext.records import Record
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUSY, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+DESCRIPTION = """\
+Train one algorithm on all domains of a data set but the test domains, evaluating every split of
+every domain as it goes. The folder --output_dir gets results.jsonl (the records), out.txt, err.txt,
+the model and, last, `done`. Running the same command again goes on where it stopped; a finished run
+is left alone.
+"""
+EXAMPLES = """\
+examples:
+  a first run, on data that needs no download (a minute or two on a laptop):
+    ltdr train --algorithm LTDR --dataset RotatedDigits --test_envs 0 --steps 200 --output_dir
+    runs/first
+
+  the paper's 4Top2 on PACS, tested on domain 3 (sketch):
+    ltdr train --algorithm LTDR --dataset PACS --data_dir data --test_envs 3 --hparams
+    '{"moe_num_experts": 4}'
+
+  your own images, as domain/class/image.png:
+    ltdr train --algorithm LTDR --dataset folder:/path/to/images --test_envs 0
+
+  all domains trained, none held out (the ceiling of EmojiDG's table):
+    ltdr train --algorithm LTDR --dataset EmojiDG --data_dir data --test_envs
+
+exit status: 0 done, 1 failed, 2 bad input, 3 in use by another process, 130 interrupted
+"""
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """DomainBed's flags with DomainBed's defaults, and a few of ours."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = TrainArgs()
+    parser.add_argument(
+        "--data_dir",
+        default=DEFAULT_DATA_DIR,
+        help="where the data sets are (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dataset",
+        default=default.dataset,
+        help=f"{', '.join(DATASETS)}, folder:PATH or manifest:FILE (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--algorithm",
+        default=default.algorithm,
+        help="ERM (ResNet-50), ERM_ViT, GMOE, GMOE_DAR, GMOE_EEA or LTDR (default: %(default)s)",
+    )
+    parser.add_argument("--task", default=default.task, choices=TASKS)
+    parser.add_argument(
+        "--hparams", metavar="JSON", help="""hyper-parameters to change: '{"lr": 1e-4}'"""
+    )
+    parser.add_argument(
+        "--hparams_seed",
+        type=int,
+        default=0,
+        help="0 for default hyper-parameters, else which random draw",
+    )
+    parser.add_argument(
+        "--trial_seed",
+        type=int,
+        default=0,
+        help="trial number: seeds the splits and the draw of hyper-parameters",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
+    parser.add_argument("--steps", type=int, help="number of steps (default: the data set's)")
+    parser.add_argument(
+        "--checkpoint_freq", type=int, help="evaluate every N steps (default: the data set's)"
+    )
+    parser.add_argument(
+        "--test_envs",
+        type=int,
+        nargs="*",
+        default=[0],
+        metavar="ENV",
+        help="numbers of the domains to test on; without a number, all are trained on (default: 0)",
+    )
+    parser.add_argument("--output_dir", default=default.output_dir, help="default: %(default)s")
+    parser.add_argument(
+        "--holdout_fraction",
+        type=float,
+        default=default.holdout_fraction,
+        help="part of each domain that is validated on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--uda_holdout_fraction",
+        type=float,
+        default=default.uda_holdout_fraction,
+        help="part of the test domains used without labels in domain adaptation (default: "
+        "%(default)s)",
+    )
+    parser.add_argument("--skip_model_save", action="store_true", help="save no model at the end")
+    parser.add_argument(
+        "--save_model_every_checkpoint", action="store_true", help="and one at each evaluation"
+    )
+    parser.add_argument("--device", default=default.device, choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        help="processes per loader that decode image files (default: the data set's)",
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None, *, prog: str | None = None) -> TrainArgs:
+    """The arguments of a command line."""
+    return TrainArgs(**vars(build_parser(prog).parse_args(argv)))
+
+
+def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Record]:
+    """Runs, or goes on with, one training run; a finished one is left alone.
+
+    Args:
+        args: What to run.
+        progress: Called with a `RunState` at every step.
+
+    Returns:
+        The records, one per evaluation.
+
+    Raises:
+        UsageError: Bad input.
+        DivergedError: A loss was not finite; the folder is marked as failed.
+    """
+    from domainbed_ext.records import RECORDS_FILE, read_records
+
+    hparams = check_args(args)
+    folder = Path(args.output_dir)
+    make_folder(folder)
+    with job_lock(folder):
+        if (folder / DONE_FILE).exists():
+            records = (
+                read_records(folder / RECORDS_FILE) if (folder / RECORDS_FILE).exists() else []
+            )
+            _check_finished(folder, args, hparams, records)
+            print(f"{folder} holds this very run, finished: nothing to do")
+            return records
+        (folder / FAILED_FILE).unlink(missing_ok=True)
+        try:
+            from domainbed_ext.runs import prepare_run
+            from domainbed_ext.training import execute
+
+            return execute(prepare_run(args, hparams), progress=progress)
+        except DivergedError as error:
+            mark_failed(folder, reason="diverged", message=str(error), step=error.step)
+            raise
+        except Exception as error:
+            with contextlib.suppress(OSError):  # of a full disk, say, which is what failed then
+                mark_failed(folder, reason="error", message=f"{type(error).__name__}: {error}")
+            raise
+
+
+def run_hparams(args: TrainArgs) -> dict[str, Any]:
+    """The hyper-parameters of a run: the defaults or a draw, then what --hparams changes."""
+    overrides = parse_hparams(args.hparams, args.algorithm, args.dataset)
+    if args.hparams_seed == 0:
+        hparams = default_hparams(args.algorithm, args.dataset)
+    else:
+        seed = seed_hash(args.hparams_seed, args.trial_seed)
+        hparams = random_hparams(args.algorithm, args.dataset, seed)
+    return {**hparams, **overrides}
+
+
+def check_args(args: TrainArgs) -> dict[str, Any]:
+    """Refuses impossible arguments, before anything is written. Returns all hyper-parameters."""
+    hparams = run_hparams(args)
+    get_dataset_class(args.dataset)
+    names = environment_names(args.dataset)
+    listing = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+    for env in args.test_envs:
+        if not 0 <= env < len(names):
+            raise UsageError(
+                f"--test_envs {env} is out of range for {args.dataset}; choose among {listing}"
+            )
+    if len(set(args.test_envs)) < len(args.test_envs):
+        raise UsageError(f"--test_envs names a domain twice: {' '.join(map(str, args.test_envs))}")
+    if len(args.test_envs) == len(names):
+        raise UsageError(
+            f"--test_envs leaves no domain of {args.dataset} to train on; leave one out of "
+            f"{listing}"
+        )
+    if args.task not in TASKS:
+        raise UsageError(f"--task {args.task} is unknown; choose one of {', '.join(TASKS)}")
+    for name, least in (("steps", 1), ("checkpoint_freq", 1), ("num_workers", 0), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value} is too small; choose {least} or more")
+    if not 0 < args.holdout_fraction < 1:
+        raise UsageError(
+            f"--holdout_fraction {args.holdout_fraction} is impossible; choose one between 0 and 1"
+        )
+    if not 0 <= args.uda_holdout_fraction < 1:
+        raise UsageError(
+            f"--uda_holdout_fraction {args.uda_holdout_fraction} is impossible; choose one from 0 "
+            "to below 1"
+        )
+    return hparams
+
+
+def _check_finished(
+    folder: Path, args: TrainArgs, hparams: dict[str, Any], records: list[Record]
+) -> None:
+    if not records:
+        return
+    found = run_identity(records[-1]["args"], records[-1]["hparams"])
+    wanted = run_identity(args.record_args(), hparams)
+    if wanted.get("hparams.schedule_steps") == 0:  # 0 stands for the run's number of steps
+        wanted["hparams.schedule_steps"] = found.get("hparams.schedule_steps")
+    check_same_run(folder, found=found, wanted=wanted)
+
+
+def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
+    """`train` as a command: prints errors as people want them, and returns the exit status."""
+    try:
+        train(args, progress=progress)
+    except JobBusyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BUSY
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except DivergedError as error:
+        print(f"error: diverged: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = parse_args(argv, prog=prog)
+    try:
+        # Before the folder is made: a typing error should leave nothing behind.
+        check_args(args)
+        with run_progress(job_label(args)) as progress, tee_output(Path(args.output_dir)):
+            return run_job(args, progress=progress)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

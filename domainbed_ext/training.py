@@ -1,0 +1,258 @@
+"""One training run, from arguments to a finished folder, resumable at every record.
+
+The loop is DomainBed's: one batch per training domain and step; at every `checkpoint_freq`-th step
+and at the last one, all splits of all domains are evaluated and one record is appended. Where we
+differ: validation images are not augmented, a run goes on where it was stopped, and a loss that is
+not finite ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from domainbed_ext.checkpoint import (
+    CHECKPOINT_FILE,
+    Checkpoint,
+    load_checkpoint,
+    load_rng_state,
+    load_training_state,
+    save_algorithm,
+    save_checkpoint,
+)
+from domainbed_ext.datasets.base import EnvSplit, balanced_weights
+from domainbed_ext.display import ReportProgress, RunState, format_row
+from domainbed_ext.errors import UsageError
+from domainbed_ext.evaluation import evaluate
+from domainbed_ext.jobs import DivergedError, check_same_run, mark_done, run_identity
+from domainbed_ext.loaders import EvalBatches, TrainBatches
+from domainbed_ext.provenance import environment_lines
+from domainbed_ext.records import RECORDS_FILE, Record, append_record, read_records, write_records
+from domainbed_ext.runs import Run, reproducible_kernels
+
+_logger = logging.getLogger(__name__)
+
+
+def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]:
+    """Takes the steps that are left, and finishes the folder. Returns all records."""
+    with reproducible_kernels(run.device):
+        start, records = _resume(run)
+        _print_header(run)
+        if run.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for record in _train(run, start, progress):
+            records.append(record)
+    if progress is not None:
+        progress(RunState(run.num_steps, run.num_steps, phase="saving"))
+    if not run.args.skip_model_save:
+        save_algorithm(run.folder, run.algorithm, run.info)
+    mark_done(run.folder)
+    (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return records
+
+
+def _resume(run: Run) -> tuple[int, list[Record]]:
+    """Puts the last checkpoint's state back. Returns the next step and the records so far."""
+    path = run.folder / RECORDS_FILE
+    records = read_records(path) if path.exists() else []
+    checkpoint = load_checkpoint(run.folder / CHECKPOINT_FILE)
+    wanted = {
+        **run_identity(run.args.record_args(), run.hparams),
+        "data": run.provenance["data_fingerprint"],
+    }
+    for where in ([_of_checkpoint(checkpoint)] if checkpoint else []) + [
+        _of_record(r) for r in records[:1]
+    ]:
+        check_same_run(
+            run.folder,
+            found=where,
+            wanted={name: v for name, v in wanted.items() if name != "data" or "data" in where},
+        )
+    last = -1 if checkpoint is None else checkpoint.step
+    # A record whose checkpoint was not written any more is made again.
+    kept = [record for record in records if record["step"] <= last]
+    if path.exists():
+        write_records(path, kept)
+    if checkpoint is not None:
+        load_training_state(run.algorithm, checkpoint.training_state)
+        load_rng_state(checkpoint.rng_state)
+        print(f"Going on after step {checkpoint.step}, from {run.folder / CHECKPOINT_FILE}")
+    elif records:
+        print(f"No checkpoint in {run.folder}: starting again from the first step")
+    return last + 1, kept
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    info = checkpoint.info
+    identity = run_identity(info["args"], info["model_hparams"])
+    return {**identity, "data": info["provenance"]["data_fingerprint"]}
+
+
+def _of_record(record: Record) -> dict[str, Any]:
+    return run_identity(record["args"], record["hparams"])
+
+
+def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Record]:
+    train_batches = zip(*_train_loaders(run, start), strict=True)
+    uda_batches = _uda_batches(run, start)
+    evaluators = {
+        name: EvalBatches(
+            split,
+            batch_size=run.hparams.get("eval_batch_size", 64),
+            transform=run.dataset.eval_transform,
+            num_workers=run.num_workers,
+        )
+        for name, split in run.splits.items()
+    }
+    batch_size = run.hparams["batch_size"]
+    # DomainBed counts epochs by its smallest domain, test domains included.
+    steps_per_epoch = min(
+        len(s) / batch_size for name, s in run.splits.items() if name.endswith("_in")
+    )
+
+    since_record: dict[str, list[float]] = defaultdict(list)
+    last_finite: dict[str, float] = {}
+    shown_keys: list[str] = []
+    for step in range(start, run.num_steps):
+        began = time.time()
+        minibatches = [_to_device(batch, run.device) for batch in next(train_batches)]
+        unlabeled = (
+            None if uda_batches is None else [x.to(run.device) for x, _ in next(uda_batches)]
+        )
+        values = run.algorithm.update(minibatches, unlabeled)
+        since_record["step_time"].append(time.time() - began)
+        _check_finite(values, step, last_finite)
+        last_finite = values
+        for key, value in values.items():
+            since_record[key].append(value)
+        state = RunState(step + 1, run.num_steps, values.get("loss"))
+        if progress is not None:
+            progress(state)
+
+        if step % run.checkpoint_freq == 0 or step == run.num_steps - 1:
+            _check_parameters(run.algorithm, step, last_finite)
+            if progress is not None:
+                progress(RunState(step + 1, run.num_steps, state.loss, phase="evaluating"))
+            results: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch}
+            results.update({key: float(np.mean(column)) for key, column in since_record.items()})
+            results.update(
+                evaluate(
+                    run.algorithm,
+                    evaluators,
+                    device=run.device,
+                    num_classes=run.dataset.num_classes,
+                )
+            )
+            results["mem_gb"] = (
+                torch.cuda.max_memory_allocated() / 2**30 if run.device == "cuda" else 0.0
+            )
+            shown_keys = _print_results(results, shown_keys)
+            record = {
+                **results,
+                "hparams": run.hparams,
+                "args": run.args.record_args(),
+                "provenance": run.provenance,
+            }
+            append_record(run.folder / RECORDS_FILE, record)
+            save_checkpoint(
+                run.folder / CHECKPOINT_FILE, step=step, algorithm=run.algorithm, info=run.info
+            )
+            if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
+                save_algorithm(run.folder, run.algorithm, run.info, name=f"model_step{step}")
+            since_record.clear()
+            yield record
+
+
+def _train_loaders(run: Run, start: int) -> list[TrainBatches]:
+    return [
+        _train_batches(run, run.splits[f"env{env}_in"], start)
+        for env in range(len(run.dataset))
+        if env not in run.args.test_envs
+    ]
+
+
+def _uda_batches(run: Run, start: int) -> Iterator[Any] | None:
+    if run.args.task != "domain_adaptation":
+        return None
+    splits = [split for name, split in run.splits.items() if name.endswith("_uda")]
+    if not splits:
+        raise UsageError(
+            "--task domain_adaptation needs unlabelled images of the test domains; pass "
+            "--uda_holdout_fraction, 0.5 say"
+        )
+    return zip(*(_train_batches(run, split, start) for split in splits), strict=True)
+
+
+def _train_batches(run: Run, split: EnvSplit, start: int) -> TrainBatches:
+    return TrainBatches(
+        split,
+        batch_size=run.hparams["batch_size"],
+        seed=run.args.seed,
+        transform=run.dataset.train_transform,
+        num_workers=run.num_workers,
+        start_step=start,
+        weights=balanced_weights(split) if run.hparams.get("class_balanced") else None,
+    )
+
+
+def _to_device(
+    batch: tuple[torch.Tensor, torch.Tensor], device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = batch
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def _check_finite(values: Mapping[str, float], step: int, last_finite: Mapping[str, float]) -> None:
+    bad = [key for key, value in values.items() if "loss" in key and not math.isfinite(value)]
+    if bad:
+        raise DivergedError(
+            f"{bad[0]} is {values[bad[0]]} at step {step}; {_last_finite(last_finite)}", step
+        )
+
+
+def _check_parameters(
+    algorithm: torch.nn.Module, step: int, last_finite: Mapping[str, float]
+) -> None:
+    for name, parameter in algorithm.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DivergedError(
+                f"parameter {name} is not finite after step {step}; {_last_finite(last_finite)}",
+                step,
+            )
+
+
+def _last_finite(values: Mapping[str, float]) -> str:
+    shown = ", ".join(f"{key} {value:.6g}" for key, value in values.items())
+    return f"last finite metrics: {shown}" if shown else "no step before it was finite"
+
+
+def _print_header(run: Run) -> None:
+    sections = {
+        "Environment": [*environment_lines(), f"Device: {run.provenance['device']}"],
+        "Args": [f"{key}: {value}" for key, value in sorted(run.args.record_args().items())],
+        "HParams": [f"{key}: {value}" for key, value in sorted(run.hparams.items())],
+        "Provenance": [
+            f"{key}: {json.dumps(value)}" for key, value in sorted(run.provenance.items())
+        ],
+    }
+    for title, lines in sections.items():
+        print(f"{title}:")
+        for line in lines:
+            print(f"\t{line}")
+
+
+def _print_results(results: Mapping[str, Any], shown_keys: list[str]) -> list[str]:
+    # Mean accuracies per class are in the records; here they would double the width.
+    keys = sorted(key for key in results if not key.endswith("_class_acc"))
+    if keys != shown_keys:
+        print(format_row(keys))
+    print(format_row([results[key] for key in keys]))
+    return keys

@@ -1,0 +1,217 @@
+"""Warm worker processes: several jobs at a time, one after the other in each process.
+
+A worker imports torch once and then runs `train` in-process, its output going to the job's out.txt
+and err.txt. The parent hands out jobs one by one, shows progress, and replaces a worker that dies.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from domainbed_ext.display import RunState, SweepProgress
+from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, job_label, make_folder, mark_failed
+
+REPORT_SECONDS = 0.2
+_OUTCOMES = {0: "done", 1: "failed", 2: "failed", 3: "in use by another process"}
+
+
+def run_jobs(
+    jobs: Sequence[TrainArgs], *, num_workers: int, threads: int, devices: Sequence[str] = ()
+) -> None:
+    """Runs all jobs. Ctrl-C stops the workers, leaving their jobs to be gone on with.
+
+    Args:
+        jobs: What to run, in this order.
+        num_workers: How many at once.
+        threads: CPU threads of each worker.
+        devices: CUDA devices, dealt to the workers in turn.
+    """
+    waiting = deque(jobs)
+    workers: list[_Worker] = []
+    with SweepProgress(len(jobs)) as progress:
+        try:
+            for number in range(min(num_workers, len(jobs))):
+                device = devices[number % len(devices)] if devices else None
+                workers.append(_Worker(threads=threads, device=device))
+            while True:
+                for worker in workers:
+                    if worker.job is None and waiting:
+                        worker.start(waiting.popleft(), progress)
+                busy = {worker.connection: worker for worker in workers if worker.job is not None}
+                if not busy:
+                    break
+                for connection in wait(list(busy)):
+                    worker = busy[connection]  # type: ignore[index]
+                    if not worker.receive(progress):
+                        workers[workers.index(worker)] = worker.replace()
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+@dataclass
+class _Worker:
+    threads: int
+    device: str | None
+    job: TrainArgs | None = None
+
+    def __post_init__(self) -> None:
+        # spawn, not fork: CUDA and OpenMP do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.connection, child = context.Pipe()
+        self.process = context.Process(
+            target=_work, args=(child, self.threads, self.device), name="ltdr-worker"
+        )
+        self.process.start()
+        child.close()
+
+    def start(self, job: TrainArgs, progress: SweepProgress) -> None:
+        """Hands a job over."""
+        self.job = job
+        progress.started(job_label(job))
+        try:
+            self.connection.send(job)
+        except OSError:
+            pass  # the worker is dead; `receive` finds out and says so
+
+    def receive(self, progress: SweepProgress) -> bool:
+        """Takes one message; False when the worker has died."""
+        assert self.job is not None
+        label = job_label(self.job)
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            _mark_died(self.job, self.process.exitcode)
+            progress.finished(
+                label, f"failed, its worker died ({_exit_words(self.process.exitcode)})"
+            )
+            self.job = None
+            return False
+        if isinstance(message, RunState):
+            progress.report(label, message)
+        else:
+            progress.finished(label, _OUTCOMES.get(message, f"failed ({message})"))
+            self.job = None
+        return True
+
+    def replace(self) -> _Worker:
+        """A fresh worker with the same settings."""
+        self.connection.close()
+        return _Worker(threads=self.threads, device=self.device)
+
+    def stop(self) -> None:
+        """Ends the process: at once if it is at work, politely if it waits."""
+        if self.job is not None:
+            self.process.terminate()
+        self.connection.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _mark_died(job: TrainArgs, exitcode: int | None) -> None:
+    folder = Path(job.output_dir)
+    message = (
+        f"the worker process died ({_exit_words(exitcode)}); "
+        "the job goes on when the sweep is launched again"
+    )
+    try:
+        make_folder(folder)
+        with open(folder / ERR_FILE, "a", encoding="utf-8") as file:
+            file.write(f"error: {message}\n")
+        mark_failed(folder, reason="died", message=message)
+    except (OSError, ValueError):
+        pass  # the progress line has said it; a full disk must not end the sweep
+
+
+def _exit_words(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"exit status {exitcode}"
+    name = signal.Signals(-exitcode).name if -exitcode in list(signal.Signals) else str(-exitcode)
+    return f"{name}, out of memory?" if name == "SIGKILL" else name
+
+
+def _work(connection: Connection, threads: int, device: str | None) -> None:
+    """A worker's life: take a job, run it, say how it ended."""
+    # Ctrl-C reaches every process of the terminal; the parent decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # OpenMP and MKL read these when torch is first imported; so nothing above may import it.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    import torch
+
+    torch.set_num_threads(threads)
+    reporter = _Reporter(connection)
+    try:
+        while True:
+            connection.send(_run_into_files(connection.recv(), reporter))
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+    except (EOFError, OSError):
+        pass  # the parent has closed its end, or is gone
+
+
+class _Reporter:
+    """Sends a run's progress to the parent, a few times a second."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sent = 0.0
+
+    def __call__(self, state: RunState) -> None:
+        now = time.monotonic()
+        if now - self._sent < REPORT_SECONDS and state.phase == "training":
+            return
+        self._sent = now
+        try:
+            self._connection.send(state)
+        except OSError:
+            # The parent was killed. What is left to do can be gone on with; nobody waits for it
+            # now.
+            os._exit(1)
+
+
+def _run_into_files(args: TrainArgs, reporter: Any) -> int:
+    """Runs a job with file descriptors 1 and 2 redirected, which catches native code's output."""
+    from domainbed_ext.scripts.train import run_job
+
+    folder = Path(args.output_dir)
+    try:
+        make_folder(folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    saved = os.dup(1), os.dup(2)
+    with open(folder / OUT_FILE, "ab") as out, open(folder / ERR_FILE, "ab") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        stdout, stderr = sys.stdout, sys.stderr
+        sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+        faulthandler.enable(sys.stderr)
+        try:
+            return run_job(args, progress=reporter)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = stdout, stderr
+            for number, descriptor in zip((1, 2), saved, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
