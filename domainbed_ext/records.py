@@ -24,7 +24,8 @@ DONE_FILE = "done"
 REQUIRED_ARGS = ("algorithm", "dataset", "hparams_seed", "test_envs", "trial_seed")
 
 _logger = logging.getLogger(__name__)
-_JOB_FILES = (RECORDS_FILE, DONE_FILE, "out.txt", "err.txt")
+_FAILED_FILE = "failed"
+_JOB_FILES = (RECORDS_FILE, DONE_FILE, _FAILED_FILE, "lock", "out.txt", "err.txt")
 _JOB_NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -44,10 +45,11 @@ class RecordGroup:
 
 @dataclass(frozen=True)
 class JobCount:
-    """How many jobs a sweep's folder holds, and which of them have not finished."""
+    """How many jobs a sweep's folder holds, which have not finished, and which of those gave up."""
 
     total: int
     unfinished: list[str]
+    failed: list[str] = field(default_factory=list)
 
 
 def append_record(path: str | os.PathLike[str], record: Record) -> None:
@@ -124,7 +126,7 @@ def load_records(folder: str | os.PathLike[str]) -> list[Record]:
 
 
 def count_jobs(folder: str | os.PathLike[str]) -> JobCount:
-    """Counts the job folders of a sweep; a job is unfinished as long as it has no `done` file."""
+    """Counts the job folders of a sweep: unfinished lack the file `done`, failed have `failed`."""
     folder = _existing_folder(folder)
     children = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
     jobs = [
@@ -133,9 +135,9 @@ def count_jobs(folder: str | os.PathLike[str]) -> JobCount:
         if any((child / name).is_file() for name in _JOB_FILES)
         or (child is not folder and _JOB_NAME.fullmatch(child.name))
     ]
-    return JobCount(
-        total=len(jobs), unfinished=[job.name for job in jobs if not (job / DONE_FILE).is_file()]
-    )
+    unfinished = [job for job in jobs if not (job / DONE_FILE).is_file()]
+    failed = [job.name for job in unfinished if (job / _FAILED_FILE).is_file()]
+    return JobCount(len(jobs), [job.name for job in unfinished], failed)
 
 
 def group_records(records: Sequence[Record]) -> list[RecordGroup]:

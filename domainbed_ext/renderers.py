@@ -10,7 +10,7 @@ import html
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import IO
 
 import pandas as pd
@@ -96,7 +96,11 @@ def text_tables(report: Report) -> list[TextTable]:
         averages = report.averages[report.averages["selection"] == method]
         if averages["dataset"].nunique() > 1:
             tables.append(
-                _pivot(averages, "dataset", f"Averages over domains in %, selected by {method}")
+                _pivot(
+                    averages,
+                    "dataset",
+                    f"Mean over domains in %, of trials with every domain, selected by {method}",
+                )
             )
     return tables
 
@@ -240,7 +244,7 @@ def render_csv(report: Report) -> str:
 def render_json(report: Report) -> str:
     """One object: counts, notes, and the rows of the CSV, null where there is no number."""
     rows = json.loads(_all_rows(report).round(6).to_json(orient="records"))
-    jobs = report.jobs and {"total": report.jobs.total, "unfinished": report.jobs.unfinished}
+    jobs = report.jobs and asdict(report.jobs)
     content = {
         "total_records": report.total_records,
         "jobs": jobs,

@@ -99,7 +99,8 @@ def sweep_notes(records: Sequence[Record], jobs: JobCount | None) -> list[str]:
     if jobs is not None and jobs.unfinished:
         shown = ", ".join(jobs.unfinished[:3]) + (", ..." if len(jobs.unfinished) > 3 else "")
         notes.append(
-            f"{len(jobs.unfinished)} of {jobs.total} jobs are unfinished; "
+            f"{len(jobs.unfinished)} of {jobs.total} jobs are unfinished"
+            f"{f', {len(jobs.failed)} of them failed' if jobs.failed else ''}; "
             f"their records so far are included ({shown})"
         )
     for dataset in sorted({record["args"]["dataset"] for record in records}):

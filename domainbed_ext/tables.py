@@ -153,7 +153,8 @@ def averages_frame(
                 per_env = [accs.get((dataset, algorithm, env), {}) for env in range(num_envs)]
                 trials = sorted(set.intersection(*(set(env) for env in per_env))) if per_env else []
                 means = [float(np.mean([env[trial] for env in per_env])) for trial in trials]
-                cell = cell_of(means) if means else Cell(None, reason="no trial has every domain")
+                reason = "no trial has every domain" if any(per_env) else "no number on any domain"
+                cell = cell_of(means) if means else Cell(None, reason=reason)
                 rows.append(_row(method, dataset, algorithm, AVERAGE, "domain_mean", cell))
     return _frame(rows)
 
@@ -281,7 +282,9 @@ def _emojidg_cells(
                 values["gap"][trial] = ceiling.test - values["unseen"][trial]
     missing = explain_missing(records, method, records[0]["args"]["dataset"], algorithm, env)
     reasons = dict.fromkeys(EMOJIDG_METRICS, missing)
-    reasons["ceiling"] = "the ceiling needs runs that train on all domains (no test environments)"
+    reasons["ceiling"] = (
+        "the ceiling needs runs that train on all domains (no test environments; sweep --ceiling)"
+    )
     reasons["gap"] = missing if not values["unseen"] else reasons["ceiling"]
     if values["unseen"]:
         reasons["unseen_class"] = f"the records lack env{env}_unseen_class_acc"

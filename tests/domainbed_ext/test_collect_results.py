@@ -145,7 +145,7 @@ def test_csv_and_json_hold_the_same_rows(sweep, capsys):
         _run(collect_results.main, "--input_dir", sweep, "--format", "json", capsys=capsys).out
     )
     assert content["total_records"] == 13
-    assert content["jobs"] == {"total": 10, "unfinished": []}
+    assert content["jobs"] == {"total": 10, "unfinished": [], "failed": []}
     assert len(rows) == len(content["rows"]) == 3 * 4 + 3
     first = content["rows"][0]
     assert (first["environment"], first["mean"], first["stderr"]) == ("0", 60.0, 7.071068)

@@ -9,6 +9,7 @@ from sweep_records import hand_made_records, make_record, write_sweep
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.records import (
+    JobCount,
     append_record,
     count_jobs,
     group_records,
@@ -107,10 +108,11 @@ def test_load_records_reads_every_job_and_a_single_one(tmp_path):
 
 def test_jobs_without_done_are_unfinished(tmp_path):
     write_sweep(tmp_path, hand_made_records(), unfinished=["0" * 32])
+    write_sweep(tmp_path, [], unfinished=["diverged"])
+    (tmp_path / "diverged" / "failed").write_text("{}")
     (tmp_path / "plots").mkdir()
     jobs = count_jobs(tmp_path)
-    assert jobs.total == 11
-    assert jobs.unfinished == ["0" * 32]
+    assert jobs == JobCount(12, ["0" * 32, "diverged"], ["diverged"])
 
 
 @pytest.mark.parametrize("reader", [load_records, count_jobs])
