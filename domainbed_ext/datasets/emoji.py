@@ -53,10 +53,8 @@ class EmojiLabel:
 def label_table() -> tuple[EmojiLabel, ...]:
     """The 1039 labelled code points, in the order of the shipped table."""
     source = resources.files("domainbed_ext.datasets") / "data" / "emojidg_classes.csv"
-    with source.open(encoding="utf-8", newline="") as file:
-        return tuple(
-            EmojiLabel(row["codepoint"], row["class"], row["name"]) for row in csv.DictReader(file)
-        )
+    rows = csv.DictReader(source.read_text(encoding="utf-8").splitlines())
+    return tuple(EmojiLabel(row["codepoint"], row["class"], row["name"]) for row in rows)
 
 
 class EmojiEnvironment(ArrayEnvironment):
@@ -184,7 +182,9 @@ class EmojiDG(MultipleDomainDataset):
             trial_seed=trial_seed,
         )
         fold_of = dict(zip((label.codepoint for label in table), folds, strict=True))
-        drawn = np.array([fold_of[codepoint] for codepoint in self.datasets[env].codepoints])
+        environment = self.datasets[env]
+        assert isinstance(environment, EmojiEnvironment)
+        drawn = np.array([fold_of[codepoint] for codepoint in environment.codepoints])
         roles = {"in": TRAIN, "out": VALIDATION, "unseen": TEST}
         parts = {name: np.flatnonzero(drawn == role) for name, role in roles.items()}
         return self._named_splits(env, parts, uda_holdout_fraction, trial_seed, test_envs)

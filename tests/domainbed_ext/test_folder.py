@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from upstream_checkout import ask_upstream, needs_upstream
 
 from domainbed_ext.datasets import find_datasets, get_dataset_class
+from domainbed_ext.datasets.base import balanced_weights
 from domainbed_ext.datasets.benchmarks import PACS
 from domainbed_ext.datasets.folder import read_manifest, scan_folder
 from domainbed_ext.errors import UsageError
@@ -223,6 +225,50 @@ def test_benchmark_reads_its_folder_and_warns_of_other_counts(pacs, caplog):
     found = {d.name: d for d in find_datasets(pacs)}["PACS"]
     assert found.num_images == 8
     assert "9,991" in found.problem
+
+
+@pytest.mark.upstream
+@needs_upstream
+def test_images_splits_and_weights_are_upstreams(tmp_path):
+    """The same folder, read by DomainBed itself: paths, labels, keys of each split, weights."""
+    for domain in PACS.DOMAIN_FOLDERS:
+        for class_name, images in (("dog", 11), ("Elephant", 5), ("cat 2", 7)):
+            for number in range(images):
+                place = tmp_path / "PACS" / domain / class_name / ("deep" if number % 3 else "")
+                save_image(place / f"{number}.{'png' if number % 2 else 'JPEG'}", size=(2, 2))
+    code = """
+from domainbed import datasets
+from domainbed.lib import misc
+hparams = {"data_augmentation": False}
+answer = []
+for env_i, env in enumerate(datasets.PACS(question, [1], hparams)):
+    out, in_ = misc.split_dataset(env, int(len(env) * 0.2), misc.seed_hash(5, env_i))
+    uda = []
+    if env_i == 1:
+        uda, in_ = misc.split_dataset(in_, int(len(in_) * 0.5), misc.seed_hash(5, env_i))
+    answer.append([
+        env.samples,
+        [[env.samples.index(split.underlying_dataset.samples[key]) for key in split.keys]
+         if split and hasattr(split.underlying_dataset, "samples")
+         else [split.underlying_dataset.keys[key] for key in split.keys] if split else []
+         for split in (in_, out, uda)],
+        misc.make_weights_for_balanced_classes(out).tolist(),
+    ])
+print(json.dumps(answer))
+"""
+    answer = ask_upstream(code, str(tmp_path))
+    dataset = PACS(tmp_path, [1], HPARAMS)
+    for env, (samples, (in_keys, out_keys, uda_keys), out_weights) in enumerate(answer):
+        environment = dataset[env]
+        labels = environment.labels.tolist()
+        assert [list(pair) for pair in zip(environment.paths, labels, strict=True)] == samples
+        splits = dataset.splits(
+            env, holdout_fraction=0.2, trial_seed=5, uda_holdout_fraction=0.5, test_envs=[1]
+        )
+        assert splits["in"].keys.tolist() == in_keys
+        assert splits["out"].keys.tolist() == out_keys
+        assert (splits["uda"].keys.tolist() if env == 1 else []) == uda_keys
+        assert balanced_weights(splits["out"]).tolist() == pytest.approx(out_weights)
 
 
 def test_missing_benchmark_says_what_to_do(tmp_path):
