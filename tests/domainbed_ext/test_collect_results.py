@@ -14,7 +14,10 @@ import pytest
 from sweep_records import hand_made_records, make_record, write_sweep
 from upstream_checkout import checkout, needs_upstream, run_upstream
 
+from domainbed_ext.hparams import default_hparams, random_hparams
+from domainbed_ext.records import read_records
 from domainbed_ext.scripts import collect_results, list_top_hparams
+from domainbed_ext.seeds import job_hash, seed_hash
 
 FORMATS = {
     "rich": "txt",
@@ -325,3 +328,26 @@ def test_upstreams_collect_results_prints_the_same(
     )
     arguments = ["--input_dir", folder, "--format", "domainbed", *flags]
     assert _run(collect_results.main, *arguments, capsys=capsys).out == theirs
+
+
+@pytest.mark.upstream
+@needs_upstream
+def test_upstreams_jobs_have_our_names_seeds_and_hparams(upstream_sweep):
+    jobs = [job for job in upstream_sweep.iterdir() if job.is_dir()]
+    assert len(jobs) == 40
+    for job in jobs:
+        record = read_records(job / "results.jsonl")[0]
+        args = record["args"]
+        seeds = args["hparams_seed"], args["trial_seed"]
+        assert args["seed"] == seed_hash("VLCS", "ERM", args["test_envs"], *seeds)
+        hashed = (
+            "algorithm data_dir dataset holdout_fraction hparams_seed seed steps task test_envs "
+            "trial_seed"
+        )
+        assert job.name == job_hash({name: args[name] for name in hashed.split()})
+        if args["hparams_seed"]:
+            hparams = random_hparams("ERM", "VLCS", seed_hash(*seeds))
+        else:
+            hparams = default_hparams("ERM", "VLCS")
+        # The sweep was recorded by an older version, which had fewer hyper-parameters.
+        assert record["hparams"] == {name: hparams[name] for name in record["hparams"]}
