@@ -10,7 +10,8 @@ ERM_ViT is the dense twin of GMOE and LTDR: same backbone, same weights, same gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,11 +146,9 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
             )
 
     def create_network(self, input_shape, num_classes: int) -> nn.Module:
-        return create_dense_vit(
-            self.hparams["backbone"],
-            pretrained=self.hparams["pretrained"],
-            **timm_arguments(input_shape, num_classes, self.hparams),
-        )
+        arguments = timm_arguments(input_shape, num_classes, self.hparams)
+        with hparams_are_to_blame(self.hparams):
+            return create_dense_vit(self.hparams["backbone"], **arguments)
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The step's loss and further numbers to record."""
@@ -198,12 +197,9 @@ class SparseViT(ERM_ViT):
 
     def create_network(self, input_shape, num_classes: int) -> nn.Module:
         self.spec = spec_from_hparams(self.preset_name, self.hparams)
-        return create_moe_vit(
-            self.hparams["backbone"],
-            self.spec,
-            pretrained=self.hparams["pretrained"],
-            **timm_arguments(input_shape, num_classes, self.hparams),
-        )
+        arguments = timm_arguments(input_shape, num_classes, self.hparams)
+        with hparams_are_to_blame(self.hparams):
+            return create_moe_vit(self.hparams["backbone"], self.spec, **arguments)
 
     def loss(self, x, y):
         with collect_routing(self.network) as routings:
@@ -308,11 +304,23 @@ def timm_arguments(
 ) -> dict[str, Any]:
     """What every backbone is built with."""
     return {
+        "pretrained": hparams["pretrained"],
         "num_classes": num_classes,
         "in_chans": input_shape[0],
         "img_size": tuple(input_shape[1:]),
         "drop_path_rate": hparams["drop_path"],
     }
+
+
+@contextmanager
+def hparams_are_to_blame(hparams: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what is wrong with a backbone into one line about the hparams that chose it."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"hparams backbone={hparams['backbone']!r}, pretrained={hparams['pretrained']}: {error}"
+        ) from error
 
 
 def weights_tag(hparams: Mapping[str, Any]) -> str:

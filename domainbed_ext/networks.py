@@ -83,7 +83,7 @@ class ResNet(nn.Module):
             first_line = (str(error).strip().splitlines() or [""])[0]
             raise UsageError(
                 f"the pretrained weights of {name} could not be loaded ({first_line}); ERM needs "
-                "them for images of 32 pixels and more. Load them once with a network connection, or "
+                "them for images of 32 pixels and more. Load them once with a network, or "
                 "use ERM_ViT with pretrained=false"
             ) from error
         self.weights_tag = name

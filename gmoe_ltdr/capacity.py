@@ -32,7 +32,7 @@ def expert_capacity(
         top_k: Experts per ordinary token; extra experts of tail tokens do not enlarge the buffers.
         capacity_factor: 1 leaves just enough slots for perfectly balanced routing.
         convention: "tutel" is GMoE's, k * int(cf * ceil(T/E)); "vmoe" is ceil(cf * T * k / E)
-            rounded up to a multiple of 4; "deepspeed" is ceil(T/E * k * cf), at least `min_capacity`.
+            rounded up to a multiple of 4; "deepspeed" is ceil(T/E * k * cf) or `min_capacity`.
         min_capacity: Lower bound, for "deepspeed".
 
     Raises:

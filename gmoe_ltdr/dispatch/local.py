@@ -1,5 +1,9 @@
 """All experts on one device.
 
+Rows travel by gathers in both directions. Copying a token to its experts is a gather whose backward
+sums the copies' gradients; combining is that same sum, weighted, whose backward is the gather. Left
+to autograd, both sums would be scatters of rows, which on a CPU cost as much as an expert.
+
 Shapes: T tokens, D width, E experts, N = number of (token, expert) assignments.
 """
 
@@ -8,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gmoe_ltdr.dispatch.base import Dispatched
 from gmoe_ltdr.routing import Routing
@@ -16,37 +22,90 @@ from gmoe_ltdr.routing import Routing
 
 @dataclass(frozen=True)
 class _Ticket:
+    """Where every row came from and where it goes back to.
+
+    Attributes:
+        token_ids_N: Token of each row, rows ordered expert by expert.
+        row_ids_N: Row of each assignment, assignments ordered token by token.
+        starts_T: First assignment of each token in `row_ids_N`.
+        weights_N: Combine weights, ordered token by token.
+    """
+
     token_ids_N: Tensor
+    row_ids_N: Tensor
+    starts_T: Tensor
     weights_N: Tensor
-    num_tokens: int
 
 
 class LocalDispatcher:
-    """Gather rows expert by expert, add the weighted results back.
-
-    A transposed mask read row by row is already ordered by expert: no sort.
-    """
+    """Copies each token once per expert, and adds the weighted results."""
 
     def dispatch(self, tokens_TD: Tensor, routing: Routing) -> Dispatched:
-        expert_ids_N, token_ids_N = routing.dispatch_mask_TE.T.nonzero(as_tuple=True)
+        mask_TE = routing.dispatch_mask_TE
+        tokens_per_expert_E = mask_TE.sum(0)
+        # the transposed mask read row by row is ordered by expert: no sort
+        token_ids_N = mask_TE.T.nonzero(as_tuple=True)[1]
+        row_TE = mask_TE.cumsum(0) + (tokens_per_expert_E.cumsum(0) - tokens_per_expert_E) - 1
+        experts_per_token_T = mask_TE.sum(1)
         ticket = _Ticket(
             token_ids_N=token_ids_N,
-            weights_N=routing.combine_weights_TE[token_ids_N, expert_ids_N],
-            num_tokens=tokens_TD.shape[0],
+            row_ids_N=row_TE[mask_TE],
+            starts_T=experts_per_token_T.cumsum(0) - experts_per_token_T,
+            weights_N=routing.combine_weights_TE[mask_TE],
         )
-        return Dispatched(
-            tokens_ND=tokens_TD.index_select(0, token_ids_N),
-            tokens_per_expert_e=routing.tokens_per_expert_E,
-            ticket=ticket,
-        )
+        tokens_ND = _CopyToRows.apply(tokens_TD, ticket)
+        return Dispatched(tokens_ND, tokens_per_expert_E, ticket)
 
     def combine(self, expert_out_ND: Tensor, dispatched: Dispatched) -> Tensor:
         ticket: _Ticket = dispatched.ticket
         # at least float32, so that the sum of several bf16 experts is rounded once
         sum_dtype = torch.promote_types(expert_out_ND.dtype, torch.float32)
-        weighted_ND = expert_out_ND.to(sum_dtype) * ticket.weights_N.unsqueeze(-1)
-        out_TD = weighted_ND.new_zeros(ticket.num_tokens, expert_out_ND.shape[-1])
-        return out_TD.index_add(0, ticket.token_ids_N, weighted_ND).to(expert_out_ND.dtype)
+        out_TD = _WeightedSum.apply(
+            expert_out_ND.to(sum_dtype), ticket.weights_N.to(sum_dtype), ticket
+        )
+        return out_TD.to(expert_out_ND.dtype)
 
     def __deepcopy__(self, memo: dict) -> LocalDispatcher:
         return self
+
+
+def _sum_rows(rows_ND: Tensor, ticket: _Ticket, weights_N: Tensor | None = None) -> Tensor:
+    """Each token's (weighted) sum of its rows, zero for a token without any. (T, D)."""
+    if not len(rows_ND):
+        return rows_ND.new_zeros(len(ticket.starts_T), rows_ND.shape[-1])
+    return F.embedding_bag(
+        ticket.row_ids_N, rows_ND, ticket.starts_T, mode="sum", per_sample_weights=weights_N
+    )
+
+
+class _CopyToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens_TD: Tensor, ticket: _Ticket) -> Tensor:
+        ctx.ticket = ticket
+        return tokens_TD.index_select(0, ticket.token_ids_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND: Tensor):
+        sum_dtype = torch.promote_types(grad_ND.dtype, torch.float32)
+        return _sum_rows(grad_ND.to(sum_dtype), ctx.ticket).to(grad_ND.dtype), None
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_ND: Tensor, weights_N: Tensor, ticket: _Ticket) -> Tensor:
+        ctx.ticket = ticket
+        ctx.save_for_backward(rows_ND, weights_N)
+        return _sum_rows(rows_ND, ticket, weights_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        rows_ND, weights_N = ctx.saved_tensors
+        ticket = ctx.ticket
+        grad_rows_ND = grad_TD.index_select(0, ticket.token_ids_N)
+        products_N = (grad_rows_ND * rows_ND).sum(-1)
+        row_weights_N = torch.empty_like(weights_N)
+        row_weights_N[ticket.row_ids_N] = weights_N
+        grad_rows_ND *= row_weights_N.unsqueeze(-1)
+        return grad_rows_ND, products_N[ticket.row_ids_N], None
