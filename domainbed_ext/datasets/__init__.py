@@ -86,7 +86,13 @@ def find_datasets(data_dir: str | Path = DEFAULT_DATA_DIR) -> list[FoundDataset]
 
 
 def _find_emojidg(data_dir: Path) -> list[FoundDataset]:
-    from domainbed_ext.datasets.emoji import CACHE_FOLDER, CACHE_INDEX, read_index
+    from domainbed_ext.datasets.emoji import (
+        CACHE_FOLDER,
+        CACHE_INDEX,
+        IMAGE_SIZE,
+        load_domains,
+        read_index,
+    )
 
     folder = data_dir / CACHE_FOLDER
     if not (folder / CACHE_INDEX).is_file():
@@ -98,9 +104,14 @@ def _find_emojidg(data_dir: Path) -> list[FoundDataset]:
     found = []
     for name in ("EmojiDG", "EmojiDG6"):
         environments = environment_names(name)
-        if all(environment in domains for environment in environments):
-            counts = [len(domains[environment]["codepoints"]) for environment in environments]
-            found.append(FoundDataset(name, folder, sum(counts)))
+        if not all(environment in domains for environment in environments):
+            continue
+        try:
+            loaded = load_domains(folder, environments, size=IMAGE_SIZE)
+        except UsageError as error:
+            found.append(FoundDataset(name, folder, 0, str(error)))
+            continue
+        found.append(FoundDataset(name, folder, sum(map(len, loaded))))
     return found
 
 

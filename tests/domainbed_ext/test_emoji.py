@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -154,6 +155,9 @@ def test_damaged_cache_is_named(tmp_path, damage, message):
         (folder / "emojidg.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(UsageError, match=message):
         EmojiDG(tmp_path, [], HPARAMS)
+    found = {dataset.name: dataset for dataset in find_datasets(tmp_path)}["EmojiDG"]
+    assert found.num_images == 0
+    assert re.search(message, found.problem)
 
 
 def test_found_with_its_size(data_dir):
