@@ -34,7 +34,7 @@ def refuse_mixed(records: Sequence[Record]) -> None:
         ]:
             if provenance.get(key) is not None:
                 _refuse_difference(seen, (key, scope, ""), str(provenance[key]), record)
-        if "hparams" in record:
+        if isinstance(record.get("hparams"), dict):
             job = (
                 f"test_envs {args['test_envs']}, hparams seed {args['hparams_seed']}, "
                 f"trial {args['trial_seed']}"
