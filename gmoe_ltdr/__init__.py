@@ -4,6 +4,7 @@ The method of arXiv 2507.01351, GMoE and their relatives as timm models and laye
 package registers `ltdr_*` and `gmoe_*` models with timm.
 """
 
+import gmoe_ltdr.small_vits  # noqa: F401  registers its models with timm
 from gmoe_ltdr.collect import collect_routing, moe_layers
 from gmoe_ltdr.losses import balance_loss
 from gmoe_ltdr.models import create_moe_vit, load_model, save_model
