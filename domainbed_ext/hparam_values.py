@@ -6,6 +6,7 @@ random draws.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -250,6 +251,34 @@ def check_together(hparams: Mapping[str, Any]) -> None:
             f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: "
             "a tail token would get fewer experts than others; raise it, or pass 0 for all experts"
         )
+
+
+def read_json_object(json_text: str | None) -> dict[str, Any]:
+    """The JSON object given as --hparams; None or nothing but blanks is an empty one."""
+    if json_text is None or not json_text.strip():
+        return {}
+    example = """write it as '{"lr": 1e-4, "batch_size": 16}', the quotes included"""
+    try:
+        value = json.loads(json_text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        near = json_text[max(0, error.pos - 15) : error.pos + 15]
+        raise UsageError(
+            f"--hparams is not valid JSON at line {error.lineno} column {error.colno}, "
+            f"near {near!r} ({error.msg}); {example}"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"--hparams is JSON but not an object: {json_text.strip()[:60]!r}; {example}"
+        )
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--hparams gives {name!r} twice; keep one of them")
+    return dict(pairs)
 
 
 def _inside(value: float, low: float, high: float | None) -> bool:

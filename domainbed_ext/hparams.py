@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparam_values import check_together, check_value
+from domainbed_ext.hparam_values import check_together, check_value, read_json_object
 from domainbed_ext.seeds import seed_hash
 
 Draw = Callable[[np.random.RandomState], Any]
@@ -169,7 +169,7 @@ def parse_hparams(json_text: str | None, algorithm: str, dataset: str) -> dict[s
     Returns:
         Only what was given. An integer given for a float comes back as a float.
     """
-    return validate_hparams(_read_object(json_text), algorithm, dataset)
+    return validate_hparams(read_json_object(json_text), algorithm, dataset)
 
 
 def validate_hparams(hparams: Mapping[str, Any], algorithm: str, dataset: str) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def split_hparams(
         For each algorithm the JSON text to pass on, or None when nothing of it concerns the
         algorithm.
     """
-    given = _read_object(json_text)
+    given = read_json_object(json_text)
     takes = {algorithm: set(hparam_names(algorithm, dataset)) for algorithm in algorithms}
     known = sorted(set().union(*takes.values()))
     for name in given:
@@ -356,30 +356,3 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? Known: " if close else "choose from "
     return f"; {hint}{', '.join(known)}"
-
-
-def _read_object(json_text: str | None) -> dict[str, Any]:
-    if json_text is None or not json_text.strip():
-        return {}
-    example = """write it as '{"lr": 1e-4, "batch_size": 16}', the quotes included"""
-    try:
-        value = json.loads(json_text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        near = json_text[max(0, error.pos - 15) : error.pos + 15]
-        raise UsageError(
-            f"--hparams is not valid JSON at line {error.lineno} column {error.colno}, "
-            f"near {near!r} ({error.msg}); {example}"
-        ) from None
-    if not isinstance(value, dict):
-        raise UsageError(
-            f"--hparams is JSON but not an object: {json_text.strip()[:60]!r}; {example}"
-        )
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--hparams gives {name!r} twice; keep one of them")
-    return dict(pairs)
