@@ -1,8 +1,4 @@
-"""Tables of a sweep.
-
-    python -m domainbed_ext.scripts.collect_results --input_dir SWEEP python -m
-    domainbed_ext.scripts.collect_results --input_dir SWEEP --format markdown --selection
-    training-domain
+"""Tables of a sweep: `python -m domainbed_ext.scripts.collect_results`, `ltdr collect`.
 
 Prints the tables and writes the same to `SWEEP/results.<txt|tex|md|csv|json|html>`.
 """
@@ -23,10 +19,26 @@ from domainbed_ext.table_checks import refuse_mixed, sweep_notes
 from domainbed_ext.tables import selection_methods
 
 
-def build_parser() -> argparse.ArgumentParser:
+DESCRIPTION = """\
+Print the tables of a sweep: accuracy per test domain and on average, mean and standard error over
+trials, for each of DomainBed's three ways to select a model. What is missing is explained below each
+table. The same goes to SWEEP/results.<txt|tex|md|csv|json|html>.
+"""
+EXAMPLES = """\
+examples:
+  ltdr collect --input_dir sweeps/pacs
+  ltdr collect --input_dir sweeps/pacs --format markdown --selection training-domain
+  ltdr collect --input_dir sweeps/pacs --format domainbed      # DomainBed's own text
+"""
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line's flags."""
     parser = argparse.ArgumentParser(
-        prog="collect_results", description="Print the tables of a sweep."
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input_dir", required=True, help="the folder that the sweep wrote to")
     parser.add_argument(
@@ -109,14 +121,16 @@ def _write(path: Path, text: str) -> None:
         print(f"warning: could not write {path} ({error.strerror or error})", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = build_parser(prog).parse_args(argv)
     try:
-        collect(build_parser().parse_args(argv))
+        collect(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

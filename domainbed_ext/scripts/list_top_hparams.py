@@ -1,7 +1,7 @@
-"""The hyper-parameter draws of a sweep, the best first.
+"""The hyper-parameter draws of a sweep, the best first: `ltdr top`.
 
-python -m domainbed_ext.scripts.list_top_hparams --input_dir SWEEP --dataset PACS --algorithm LTDR
---test_env 0
+    python -m domainbed_ext.scripts.list_top_hparams --input_dir SWEEP --dataset PACS \\
+        --algorithm LTDR --test_env 0
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from domainbed_ext.selection import SELECTION_METHODS, Accuracy
 from domainbed_ext.table_checks import explain_missing
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line's flags: DomainBed's, and two of ours."""
     parser = argparse.ArgumentParser(
-        prog="list_top_hparams", description="Rank the hyper-parameter draws of a sweep."
+        prog=prog,
+        description="Rank the hyper-parameter draws of a sweep, for each way to select a model.",
+        epilog="example: ltdr top --input_dir sweeps/pacs --dataset PACS --algorithm LTDR "
+        "--test_env 0 --top 3",
     )
     parser.add_argument("--input_dir", required=True, help="the folder that the sweep wrote to")
     parser.add_argument("--dataset", required=True)
@@ -145,14 +148,16 @@ def _print_rich(trial_seed: int, runs: Sequence[tuple[Accuracy, list[Record]]]) 
     console.print(Text(f"Best in: {folder}", style="dim"), soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """The command line. Returns the exit status."""
+    args = build_parser(prog).parse_args(argv)
     try:
-        list_top_hparams(build_parser().parse_args(argv))
+        list_top_hparams(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

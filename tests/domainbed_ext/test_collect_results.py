@@ -67,14 +67,12 @@ def sweep(tmp_path):
 
 
 def _run(main, *arguments, capsys):
-    main([str(argument) for argument in arguments])
+    assert main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr()
 
 
 def _fails(main, *arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    assert caught.value.code == 2
+    assert main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
 
 
