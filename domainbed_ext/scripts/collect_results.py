@@ -18,11 +18,10 @@ from domainbed_ext.selection import SELECTION_METHODS
 from domainbed_ext.table_checks import refuse_mixed, sweep_notes
 from domainbed_ext.tables import selection_methods
 
-
 DESCRIPTION = """\
 Print the tables of a sweep: accuracy per test domain and on average, mean and standard error over
-trials, for each of DomainBed's three ways to select a model. What is missing is explained below each
-table. The same goes to SWEEP/results.<txt|tex|md|csv|json|html>.
+trials, for each of DomainBed's three ways to select a model. What is missing is explained below
+each table. The same goes to SWEEP/results.<txt|tex|md|csv|json|html>.
 """
 EXAMPLES = """\
 examples:
