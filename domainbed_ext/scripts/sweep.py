@@ -165,6 +165,7 @@ def sweep(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs} is too small; choose 1 or more")
     found = find_datasets(args.data_dir)
+    choose_all = not args.datasets
     args.datasets = args.datasets or [
         item.name for item in found if "Debug" not in item.name and _usable(item)
     ]
@@ -172,7 +173,7 @@ def sweep(args: argparse.Namespace) -> int:
     for job in {(job.args.algorithm, job.args.dataset): job for job in jobs}.values():
         check_args(job.args)
     states = {job.output_dir: job.state for job in jobs}
-    _print_data(args, found)
+    _print_data(args, found, name_absent=choose_all)
     print_jobs(jobs, states)
     if args.command == "status":
         return EXIT_OK
@@ -201,7 +202,9 @@ def print_jobs(jobs: Sequence[Job], states: dict[Path, JobState]) -> None:
     _console().print(table)
 
 
-def _print_data(args: argparse.Namespace, found: Sequence[FoundDataset]) -> None:
+def _print_data(
+    args: argparse.Namespace, found: Sequence[FoundDataset], *, name_absent: bool
+) -> None:
     by_name = {item.name: item for item in found}
     for name in dict.fromkeys(args.datasets):
         item = by_name.get(name)
@@ -218,7 +221,7 @@ def _print_data(args: argparse.Namespace, found: Sequence[FoundDataset]) -> None
             f"`ltdr download {missing[0]} --data_dir {args.data_dir}`, or name its "
             "folder with --data_dir"
         )
-    if absent:
+    if absent and name_absent:
         print(
             f"not found in {args.data_dir}, so not used: {', '.join(absent)} (see `ltdr download "
             "--help`)"

@@ -98,7 +98,7 @@ def test_random_number_generators_go_on(tmp_path):
 def test_no_tensor_is_stored_twice(tmp_path):
     save_checkpoint(tmp_path / "c", step=0, algorithm=Plain(), info={})
     with safe_open(tmp_path / "c", framework="pt") as file:
-        shapes = sorted(tuple(file.get_tensor(name).shape) for name in file.keys())  # noqa: SIM118
+        shapes = sorted(tuple(file.get_tensor(name).shape) for name in file.keys())
     # Weight, bias, the empty buffer, and the states of NumPy (624 words) and torch.
     assert shapes[:-1] == [(0, 4), (2,), (2, 3), (624,)]
     assert len(shapes) == 5
@@ -143,6 +143,6 @@ def test_a_model_is_safetensors_and_json(tmp_path):
     save_algorithm(tmp_path, Plain(), {"b": 1, "a": [2]})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        names = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118
+        names = {name.rpartition(".")[2] for name in file.keys()}
     assert names == {"weight", "bias", "empty"}
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o044

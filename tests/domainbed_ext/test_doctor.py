@@ -1,0 +1,50 @@
+"""`ltdr doctor` says what is there, what is not, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from domainbed_ext import doctor
+from domainbed_ext.datasets import DATASETS
+from domainbed_ext.doctor import EXTRAS, examine, main
+
+
+def test_everything_is_looked_at(tmp_path):
+    findings = {item.name: item for item in examine(str(tmp_path))}
+    needed = "Python gmoe-ltdr torch torchvision timm tutel domainbed bfloat16".split()
+    assert {*needed, *DATASETS, *(f"extra [{extra}]" for extra in EXTRAS)} <= set(findings)
+    assert findings["torch"].status == "ok"
+    assert findings["RotatedDigits"].detail == "1797 images, embedded"
+    assert findings["PACS"].remedy == f"ltdr download PACS --data_dir {tmp_path}"
+
+
+def test_what_is_missing_comes_with_its_command(monkeypatch):
+    real = importlib.util.find_spec
+    hidden = ("tutel", "matplotlib")
+    monkeypatch.setattr(doctor, "find_spec", lambda n: None if n in hidden else real(n))
+    version = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda n: None if n == "timm" else version(n))
+    findings = {item.name: item for item in examine()}
+    assert findings["timm"].status == "missing"
+    assert findings["timm"].remedy == "pip install timm"
+    assert findings["extra [plots]"].remedy == "pip install matplotlib"
+    # Tutel's setup imports torch, so the build must see it; and it is on no index.
+    assert "--no-build-isolation git+https://github.com/microsoft/tutel" in findings["tutel"].remedy
+    assert main([]) == 1
+
+
+def test_a_checkout_on_the_path_is_named(tmp_path, monkeypatch):
+    package = tmp_path / "domainbed"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    finding = next(item for item in examine() if item.name == "domainbed")
+    assert finding.detail == f"the checkout at {package}"
+
+
+def test_report_is_plain_text_when_it_goes_to_a_file(capsys, tmp_path):
+    assert main(["--data_dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["Python", "ok"]
+    assert "\x1b" not in "".join(lines)

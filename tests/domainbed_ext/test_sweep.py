@@ -1,0 +1,312 @@
+"""Sweeps: which jobs they consist of, launching them again, what becomes of failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from domainbed_ext import launchers
+from domainbed_ext.errors import UsageError
+from domainbed_ext.jobs import JobState, mark_done, mark_failed
+from domainbed_ext.plan import make_jobs
+from domainbed_ext.records import load_records, read_records
+from domainbed_ext.scripts import sweep as module
+from domainbed_ext.scripts.sweep import build_parser, main
+from domainbed_ext.scripts.train import parse_args
+from domainbed_ext.scripts.train import train as run_train
+from tests.upstream_checkout import ask_upstream, needs_upstream
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_EACH = "--n_hparams 1 --n_trials 1 --single_test_envs --skip_confirmation".split()
+DEBUG = [*"--datasets Debug28 --steps 3 --device cpu".split(), *ONE_EACH]
+
+
+def plan(*flags):
+    return make_jobs(build_parser().parse_args([*flags, "--output_dir", "sweep"]))
+
+
+def run_sweep(*flags):
+    """A sweep in a process of its own, as users run it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "domainbed_ext.scripts.sweep", *flags]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The local launcher without worker processes: the same jobs, one after the other."""
+
+    def launch(commands, *, num_workers=None):
+        launched.extend(commands)
+        for command in commands:
+            args = parse_args(command[3:])
+            try:
+                run_train(args)
+            except UsageError:
+                pass
+
+    launched = []
+    monkeypatch.setitem(launchers.REGISTRY, "local", launch)
+    return launched
+
+
+def test_jobs_are_domainbeds():
+    jobs = plan("--algorithms", "LTDR", "--datasets", "Debug28", "--n_hparams", "2")
+    assert len(jobs) == 3 * 2 * 6  # trials, draws, three domains alone and three pairs
+    envs = [list(job.args.test_envs) for job in jobs[:12:2]]
+    assert envs == [[0], [0, 1], [0, 2], [1], [1, 2], [2]]
+    assert jobs[0].args.seed == 1254117012  # as DomainBed b93c22a has it
+    assert len({job.output_dir for job in jobs}) == len(jobs)
+
+
+@needs_upstream
+@pytest.mark.upstream
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--datasets", "Debug28", "PACS", "--algorithms", "ERM", "--n_hparams", "2"],
+        ["--datasets", "VLCS", "--algorithms", "ERM", "LTDR", "--single_test_envs", "--steps", "5"],
+        ["--datasets", "PACS", "--n_hparams_from", "1", "--hparams", '{"lr": 1}', *ONE_EACH[2:]],
+    ],
+)
+def test_jobs_are_those_of_a_real_domainbed(flags):
+    args = build_parser().parse_args([*flags, "--data_dir", "/data"])
+    code = (
+        "import hashlib\n"
+        "from domainbed.scripts.sweep import Job, make_args_list\n"
+        "jobs = [Job(a, 'sweep') for a in make_args_list(**question)]\n"
+        "print(json.dumps([job.output_dir for job in jobs]))"
+    )
+    names = (
+        "n_trials algorithms n_hparams_from n_hparams steps data_dir task holdout_fraction "
+        "single_test_envs hparams"
+    ).split()
+    question = {name: getattr(args, name) for name in names}
+    expected = ask_upstream(code, {**question, "dataset_names": args.datasets})
+    args.output_dir = "sweep"
+    assert [str(job.output_dir) for job in make_jobs(args)] == expected
+
+
+def test_only_jobs_on_given_test_environments():
+    flags = ["--algorithms", "LTDR", "--datasets", "Debug28", *ONE_EACH[:4]]
+    assert _envs(plan(*flags, "--test_envs", "1")) == [[0, 1], [1], [1, 2]]
+    assert _envs(plan(*flags, "--test_envs", "0", "2", "--single_test_envs")) == [[0], [2]]
+    with pytest.raises(UsageError, match="out of range for Debug28; it has domains 0 to 2"):
+        plan(*flags, "--test_envs", "3")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags", "expected"),
+    [
+        ("EmojiDG", [], True),
+        ("EmojiDG6", [], True),
+        ("EmojiDG", ["--no-ceiling"], False),
+        ("Debug28", [], False),
+        ("Debug28", ["--ceiling"], True),
+    ],
+)
+def test_ceiling_jobs_hold_out_nothing(dataset, flags, expected):
+    envs = _envs(plan("--datasets", dataset, "--algorithms", "LTDR", *ONE_EACH, *flags))
+    assert ([] in envs) is expected
+
+
+def test_dummy_launcher_prints_commands_and_writes_nothing(tmp_path, capsys):
+    flags = [*DEBUG, "--algorithms", "LTDR", "--output_dir", str(tmp_path / "s")]
+    outputs = []
+    for _ in range(2):
+        assert main(["launch", *flags, "--command_launcher", "dummy"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count("Dummy launcher: ") == 3
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_sweep_in_worker_processes_then_again(tmp_path, capsys):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
+    with run_sweep(*flags, "--jobs", "2") as process:
+        out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "6 jobs: 6 done." in out
+    assert len(load_records(tmp_path)) == 6 * 2
+    assert err.count("] done: ") == 6
+    # The output of a job is in its folder, and only there.
+    job = next(tmp_path.iterdir())
+    assert "Environment:" in (job / "out.txt").read_text()
+    assert "Environment:" not in out
+    assert (job / "err.txt").read_text() == ""
+
+    assert main(flags) == 0  # finds nothing to launch, so needs no process
+    out = capsys.readouterr().out
+    assert "Nothing to launch." in out
+    assert "6 jobs: 6 done." in out
+
+
+def test_unfinished_jobs_are_gone_on_with_and_failed_ones_reported(tmp_path, capsys, in_process):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
+    jobs = plan(*flags)
+    folders = [tmp_path / job.output_dir.name for job in jobs]
+    for folder in folders:
+        folder.mkdir()
+    mark_done(folders[0])
+    mark_failed(folders[1], reason="error", message="broken")
+    mark_failed(folders[2], reason="diverged", message="loss is nan at step 1")
+    (folders[2] / "err.txt").write_text("error: diverged: loss is nan at step 1\n")
+    assert main(flags) == 1
+    # The failed job was tried again and succeeded; the diverged one was not tried.
+    assert [parse_args(command[3:]).output_dir for command in in_process] == [str(folders[1])]
+    assert (folders[1] / "done").exists()
+    captured = capsys.readouterr()
+    assert "3 jobs: 2 done, 1 diverged." in captured.out
+    assert str(folders[2]) in captured.err
+    assert "error: diverged: loss is nan at step 1" in captured.err
+    assert "delete_incomplete" in captured.err
+
+    assert main(["delete_incomplete", *flags]) == 0
+    assert not folders[2].exists()
+    assert folders[1].exists()
+    assert main(flags) == 0
+    assert read_records(folders[2] / "results.jsonl")
+
+
+def test_a_job_that_cannot_run_fails_alone(tmp_path, capsys, in_process):
+    # ERM's default batch of 64 is larger than Debug28's domains.
+    flags = [*DEBUG, "--algorithms", "ERM", "ERM_ViT", "--output_dir", str(tmp_path)]
+    assert main(flags) == 1
+    captured = capsys.readouterr()
+    assert "6 jobs: 3 done, 3 failed." in captured.out
+    assert captured.err.count("fewer than batch_size=64") == 3
+
+
+def test_status_runs_nothing(tmp_path, capsys, in_process):
+    assert main(["status", *DEBUG, "--algorithms", "LTDR", "--output_dir", str(tmp_path)]) == 0
+    assert "not launched" in capsys.readouterr().out
+    assert in_process == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_nobody_can_confirm(tmp_path, capsys, monkeypatch):
+    flags = [*DEBUG[:-1], "--algorithms", "LTDR", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    assert main(flags) == 2
+    assert "pass --skip_confirmation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answer", "launched"), [("n", 0), ("", 0), ("y", 3), ("Yes", 3)])
+def test_the_answer_decides(tmp_path, monkeypatch, in_process, answer, launched):
+    flags = [*DEBUG[:-1], "--algorithms", "ERM", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("builtins.input", lambda prompt: answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    if launched:
+        main(flags)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+        assert stop.value.code == 0
+    assert len(in_process) == launched
+
+
+def test_defaults_make_a_whole_sweep_of_one_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status", "--algorithms", "LTDR"]) == 0
+    out = capsys.readouterr().out
+    assert "RotatedDigits: 1797 images, embedded" in out
+    assert "not found in data, so not used: EmojiDG" in out
+    assert "Debug28" not in out.partition("not found")[0]
+    # Six angles: six domains alone and fifteen pairs, twenty draws, three trials.
+    assert str(21 * 20 * 3) in out
+
+
+BAD_INPUT = {
+    "launcher": (["--command_launcher", "nope"], "choose among local, dummy"),
+    "data set": (["--datasets", "Debug29"], "unknown data set 'Debug29' (did you mean Debug28?)"),
+    "algorithm": (["--algorithms", "LTDRR"], "unknown algorithm 'LTDRR'"),
+    "hparam": (["--hparams", '{"nope": 1}'], "unknown hparam 'nope'"),
+    "JSON": (["--hparams", "{"], "JSON"),
+    "missing data": (["--datasets", "PACS", "--data_dir", "/nowhere"], "ltdr download PACS"),
+    "no jobs": (["--n_hparams_from", "3"], "make no job"),
+    "workers": (["--jobs", "0"], "--jobs 0 is too small"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_and_status_2(tmp_path, capsys, case):
+    flags, expected = BAD_INPUT[case]
+    base = [*DEBUG, "--algorithms", "LTDR", "--output_dir", str(tmp_path / "s")]
+    assert main([*base, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_killed_worker_is_replaced_and_ctrl_c_stops_cleanly(tmp_path):
+    long = [*DEBUG, "--steps", "100000", "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
+    with run_sweep(*long, "--jobs", "1") as process:
+        first = wait_for(lambda: next(tmp_path.glob("*/results.jsonl"), None))
+        os.kill(worker_of(process.pid), signal.SIGKILL)
+        # The job is marked and the next one runs, in a new worker.
+        wait_for(lambda: (first.parent / "failed").exists())
+        wait_for(lambda: len(list(tmp_path.glob("*/results.jsonl"))) == 2)
+        worker = worker_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on with what is not done" in err
+    assert "Traceback" not in err
+    assert "worker died (SIGKILL, out of memory?)" in err
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+    assert json.loads((first.parent / "failed").read_text())["reason"] == "died"
+    assert "the worker process died" in (first.parent / "err.txt").read_text()
+    states = {job.state for job in plan(*long) for job in [_moved(job, tmp_path)]}
+    assert states == {JobState.FAILED, JobState.INCOMPLETE, JobState.NOT_LAUNCHED}
+
+
+def test_flags_are_frozen():
+    """Removing or renaming one breaks scripts: it takes a forwarding shim."""
+    upstream = (
+        "command datasets algorithms task n_hparams_from n_hparams output_dir data_dir seed "
+        "n_trials command_launcher steps hparams holdout_fraction single_test_envs "
+        "skip_confirmation"
+    ).split()
+    ours = "test_envs ceiling jobs device num_workers skip_model_save".split()
+    flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
+    assert flags == {*upstream, *ours}
+    assert module.ALGORITHMS == tuple(_registered_algorithms())
+
+
+def _registered_algorithms():
+    from domainbed_ext.algorithms import ALGORITHMS
+
+    return ALGORITHMS
+
+
+def _envs(jobs):
+    return [list(job.args.test_envs) for job in jobs]
+
+
+def _moved(job, folder):
+    return type(job)(job.train_args, folder / job.output_dir.name)
+
+
+def worker_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return next(pid for pid, command in commands.items() if b"spawn_main" in command)
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return result
