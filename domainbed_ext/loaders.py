@@ -40,9 +40,11 @@ class TrainBatches:
         seed: Of the run. Splits with different names draw differently under one seed.
         transform: The data set's train transform.
         num_workers: Processes that decode image files; ignored for in-memory data.
-        pin_memory: Have the decoded batches in page-locked memory.
         start_step: The first batch's step.
         weights: A sampling weight per image of the split.
+        pin_memory: Have the decoded batches in page-locked memory.
+        device: Where in-memory data are transformed, and come out; augmentation draws from that
+            device's generator. Decoded images always come out on the CPU.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TrainBatches:
         start_step: int = 0,
         weights: Tensor | None = None,
         pin_memory: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} is below 1; choose a positive number")
@@ -70,7 +73,7 @@ class TrainBatches:
         self.start_step = start_step
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self._batches = _TrainSteps(split, batch_size, seed, transform, weights)
+        self._batches = _TrainSteps(split, batch_size, seed, transform, device, weights)
 
     def __iter__(self) -> Iterator[Batch]:
         return _iterate(self._batches, count(self.start_step), self.num_workers, self.pin_memory)
@@ -85,6 +88,7 @@ class EvalBatches:
         transform: The data set's eval transform.
         num_workers: Processes that decode image files; ignored for in-memory data.
         pin_memory: Have the decoded batches in page-locked memory.
+        device: Where in-memory data are transformed, and come out.
     """
 
     def __init__(
@@ -95,13 +99,14 @@ class EvalBatches:
         transform: Transform,
         num_workers: int = 0,
         pin_memory: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"eval_batch_size={batch_size} is below 1; choose a positive number")
         self.split = split
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self._batches = _EvalSteps(split, batch_size, transform)
+        self._batches = _EvalSteps(split, batch_size, transform, device)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -113,17 +118,21 @@ class EvalBatches:
 class _Steps(Dataset):
     """Item `step` is a whole batch."""
 
-    def __init__(self, split: EnvSplit, transform: Transform) -> None:
+    def __init__(
+        self, split: EnvSplit, transform: Transform, device: str | torch.device
+    ) -> None:
         self.split = split
         self.transform = transform
+        self.device = device
 
     def _load(self, positions: np.ndarray, seed: Sequence[int]) -> Batch:
         environment = self.split.environment
         keys = self.split.keys[positions]
         y = torch.from_numpy(environment.labels[keys])
         if environment.in_memory:
-            generator = torch.Generator().manual_seed(_mix(seed))
-            return self.transform(environment.images(keys), generator), y
+            generator = torch.Generator(self.device).manual_seed(_mix(seed))
+            images = environment.images(keys).to(self.device)
+            return self.transform(images, generator), y.to(self.device)
         x = []
         for position, key in enumerate(keys):
             image = environment.image(int(key))
@@ -139,9 +148,10 @@ class _TrainSteps(_Steps):
         batch_size: int,
         seed: int,
         transform: Transform,
+        device: str | torch.device,
         weights: Tensor | None,
     ) -> None:
-        super().__init__(split, transform)
+        super().__init__(split, transform, device)
         self.batch_size = batch_size
         # Domains of equal size must not be shuffled alike.
         self.seed = (seed, zlib.crc32(split.name.encode("utf-8")))
@@ -167,8 +177,14 @@ class _TrainSteps(_Steps):
 
 
 class _EvalSteps(_Steps):
-    def __init__(self, split: EnvSplit, batch_size: int, transform: Transform) -> None:
-        super().__init__(split, transform)
+    def __init__(
+        self,
+        split: EnvSplit,
+        batch_size: int,
+        transform: Transform,
+        device: str | torch.device,
+    ) -> None:
+        super().__init__(split, transform, device)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
