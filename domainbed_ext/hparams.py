@@ -72,12 +72,14 @@ _MNIST = {
 }
 _EMOJI = {
     **_FROM_SCRATCH,
-    "backbone": "vit_dim128_stem8_48",
+    "backbone": "vit_dim128_stem16_64",
     "batch_size": 32,
     "augmentation": "style",
-    "schedule": "one_cycle",
+    "schedule": "cosine",
+    "warmup_fraction": 0.1,
     "label_smoothing": 0.1,
-    "ema_decay": 0.0,
+    "drop_path": 0.1,
+    "grad_clip": 1.0,
 }
 # Where the ViT algorithms start from scratch on small images: what differs from the benchmarks'
 # defaults.

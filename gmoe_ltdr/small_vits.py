@@ -28,10 +28,10 @@ from torch import Tensor, nn
 class OrientedGradients(nn.Module):
     """A drawing on white as `num_orientations` gradient energies and its darkness, half the size.
 
-    The step from histograms of oriented gradients (HOG) that helps most from one artist to the
+    The part of histograms of oriented gradients (HOG) that carries over from one artist to the
     next: strength of the edges by their orientation, relative to the strength around them. Colours
-    enter through the structure tensor summed over channels; the sign of an edge does not count.
-    Nothing is learnt.
+    and 2x2 pixels are summed as structure tensors, so the sign of an edge does not count. Nothing
+    is learnt.
 
     Args:
         num_orientations: How many directions the half circle is divided into.
@@ -54,13 +54,12 @@ class OrientedGradients(nn.Module):
         padded = F.pad(ink, (1, 1, 1, 1))
         dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
         dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
-        # twice the gradient's angle: opposite directions coincide, and channels can be summed
-        cosine = (dx * dx - dy * dy).sum(1, keepdim=True)
-        sine = (2 * dx * dy).sum(1, keepdim=True)
+        # twice the gradient's angle: opposite directions coincide, channels and pixels can be summed
+        cosine = F.avg_pool2d((dx * dx - dy * dy).sum(1, keepdim=True), 2)
+        sine = F.avg_pool2d((2 * dx * dy).sum(1, keepdim=True), 2)
         squared = (cosine.square() + sine.square() + 1e-6).sqrt()
         along_BKHW = F.conv2d(torch.cat([cosine, sine], 1) / squared, self.directions)
-        energy_BKHW = (along_BKHW - self._FLOOR).relu() * (squared.sqrt() / (1 - self._FLOOR))
-        energy = F.avg_pool2d(energy_BKHW, 2)
+        energy = (along_BKHW - self._FLOOR).relu() * (squared.sqrt() / (1 - self._FLOOR))
         size = self._NEIGHBOURHOOD
         around = F.avg_pool2d(energy.square().sum(1, keepdim=True), size, 1, size // 2)
         darkness = F.avg_pool2d(ink.mean(1, keepdim=True), 2)
@@ -145,8 +144,9 @@ class GradientStem(nn.Module):
                 f"images are {tuple(x_BCHW.shape[-2:])}, the model was built for {self.img_size}; "
                 "pass img_size to create_model"
             )
-        x_BDN = self.proj(self.stages(self.gradients(x_BCHW))).flatten(2)
-        return x_BDN.transpose(1, 2)
+        # channels last saves a twelfth of a training step on a CPU
+        gradients = self.gradients(x_BCHW).contiguous(memory_format=torch.channels_last)
+        return self.proj(self.stages(gradients)).flatten(2).transpose(1, 2)
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:

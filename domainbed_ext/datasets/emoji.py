@@ -143,8 +143,8 @@ class EmojiDG(MultipleDomainDataset):
     artists.
     """
 
-    N_STEPS = 3001
-    CHECKPOINT_FREQ = 300
+    N_STEPS = 2501
+    CHECKPOINT_FREQ = 500
     ENVIRONMENTS: ClassVar[tuple[str, ...]] = ("twemoji", "openmoji", "notomono", "symbola")
     INPUT_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 
