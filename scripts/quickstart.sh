@@ -8,9 +8,10 @@ install_here .
 
 .venv/bin/python -m domainbed.scripts.sweep launch \
     --algorithms ERM_ViT GMOE LTDR --datasets RotatedDigits --test_envs 0 3 --single_test_envs \
-    --n_hparams 1 --n_trials 1 --steps 200 --output_dir quickstart_output --skip_confirmation
+    --n_hparams 1 --n_trials 1 --steps 250 --output_dir quickstart_output --skip_confirmation
 
-.venv/bin/python -m domainbed.scripts.collect_results --input_dir quickstart_output
+.venv/bin/python -m domainbed.scripts.collect_results --input_dir quickstart_output \
+    --selection training-domain
 
 cat <<'NEXT'
 
@@ -19,8 +20,8 @@ compare methods. Next:
 
     source .venv/bin/activate
     ltdr doctor                                   # what this machine has, and how to get the rest
-    ltdr download EmojiDG --data_dir data         # the benchmark that needs no pretrained weights
-    ltdr sweep --algorithms ERM_ViT GMOE LTDR --datasets EmojiDG --data_dir data \
+    ltdr download EmojiDG                         # a benchmark that needs no pretrained weights
+    ltdr sweep --algorithms ERM_ViT GMOE LTDR --datasets EmojiDG \
         --n_hparams 1 --n_trials 3 --single_test_envs --output_dir sweeps/emojidg
     ltdr collect --input_dir sweeps/emojidg
 NEXT
