@@ -40,6 +40,8 @@ class OrientedGradients(nn.Module):
     _FLOOR = 0.4  # cosine below which a direction gets nothing, so that neighbours overlap little
     _NEIGHBOURHOOD = 5  # pixels of the output over which energy is compared
 
+    directions: Tensor
+
     def __init__(self, num_orientations: int = 8):
         super().__init__()
         angles = torch.arange(num_orientations) * (2 * math.pi / num_orientations)
@@ -54,7 +56,7 @@ class OrientedGradients(nn.Module):
         padded = F.pad(ink, (1, 1, 1, 1))
         dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
         dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
-        # twice the gradient's angle: opposite directions coincide, channels and pixels can be summed
+        # twice the gradient's angle: opposite directions coincide, so channels and pixels add up
         cosine = F.avg_pool2d((dx * dx - dy * dy).sum(1, keepdim=True), 2)
         sine = F.avg_pool2d((2 * dx * dy).sum(1, keepdim=True), 2)
         squared = (cosine.square() + sine.square() + 1e-6).sqrt()
