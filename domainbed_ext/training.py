@@ -109,6 +109,7 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
             batch_size=run.hparams.get("eval_batch_size", 64),
             transform=run.dataset.eval_transform,
             num_workers=run.num_workers,
+            pin_memory=run.device == "cuda",
             device=run.device,
         )
         for name, split in run.splits.items()
@@ -199,6 +200,7 @@ def _train_batches(run: Run, split: EnvSplit, start: int) -> TrainBatches:
         seed=run.args.seed,
         transform=run.dataset.train_transform,
         num_workers=run.num_workers,
+        pin_memory=run.device == "cuda",
         device=run.device,
         start_step=start,
         weights=balanced_weights(split) if run.hparams.get("class_balanced") else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -191,14 +192,13 @@ def print_jobs(jobs: Sequence[Job], states: dict[Path, JobState]) -> None:
     shown = [state for state in JobState if state in states.values()]
     for state in shown:
         table.add_column(state.value.lower(), justify="right")
-    for dataset, algorithm in dict.fromkeys((job.args.dataset, job.args.algorithm) for job in jobs):
-        here = [
-            states[job.output_dir]
-            for job in jobs
-            if job.args.dataset == dataset and job.args.algorithm == algorithm
-        ]
-        counts = [str(here.count(state) or "-") for state in shown]
-        table.add_row(dataset, algorithm, str(len(here)), *counts)
+    rows: dict[tuple[str, str], Counter[JobState]] = {}
+    for job in jobs:
+        pair = (job.train_args["dataset"], job.train_args["algorithm"])
+        rows.setdefault(pair, Counter())[states[job.output_dir]] += 1
+    for pair, counts in rows.items():
+        cells = [str(counts[state] or "-") for state in shown]
+        table.add_row(*pair, str(counts.total()), *cells)
     _console().print(table)
 
 

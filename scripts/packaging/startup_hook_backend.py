@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -45,6 +46,8 @@ PTH_LINE = r'import sys; exec("try:\n import domainbed_ext._startup\nexcept Impo
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     """Builds the wheel and adds the start-up line."""
+    # setuptools packs whatever an earlier build left there, modules deleted since included.
+    shutil.rmtree(Path("build", "lib"), ignore_errors=True)
     name = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     add_startup_line(Path(wheel_directory) / name)
     return name

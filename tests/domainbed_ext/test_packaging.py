@@ -48,11 +48,15 @@ def test_install_activates_the_hook_and_uninstall_removes_it(tmp_path, kind):
     python, site_packages = _empty_environment(tmp_path / "venv")
     # The environment's own packages first, then those this test runs with (torch and so on).
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    stale = tree / "build" / "lib" / "gmoe_ltdr" / "deleted_since.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
     flags = ["-e"] if kind == "editable" else []
     offline = ["--no-index", "--no-deps", "--no-build-isolation"]
     _pip(python, "install", *offline, *flags, str(tree))
 
     assert (site_packages / PTH_NAME).is_file()
+    assert not (site_packages / "gmoe_ltdr" / stale.name).exists()
     resolved = _run(
         [python, "-c", "import domainbed.scripts.train as m; print(m.__file__)"], cwd=tmp_path
     )
