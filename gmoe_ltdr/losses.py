@@ -2,16 +2,22 @@
 
 Shapes: T tokens, E experts. `tokens` chooses the tokens a loss looks at; None means all that are
 not padding. With no token chosen, a loss is a zero that stays connected to the graph.
+
+In distributed training a loss looks at the tokens of its own rank, unless it is given a `group`:
+then at those of all its ranks, whose counts and probabilities are added up. Its gradient is then
+that of the sum of the ranks' (equal) losses, so that averaging over ranks, as DDP does, gives the
+gradient that one process with all tokens would compute.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.routing import Modality, Routing, expert_rank
 
@@ -25,6 +31,7 @@ def load_balancing_loss(
     *,
     count: Literal["first", "all"] = "first",
     scale: Literal["experts", "none"] = "experts",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """E * sum_e f_e p_e over the chosen tokens (LTDR Eq. 8; Switch = GShard form).
 
@@ -37,25 +44,31 @@ def load_balancing_loss(
         tokens: Bool (T,), the tokens to balance; for LTDR the language tokens (Eq. 10).
         count: Only first choices, or all k choices divided by their number.
         scale: "none" leaves the factor E out, as Eq. 10 is printed.
+        group: Ranks whose tokens are taken together.
     """
     tokens_T = _default_tokens(routing) if tokens is None else tokens
-    num_tokens = tokens_T.sum()
+    num_tokens = _over_ranks(tokens_T.sum(), group)
     with torch.no_grad():
         if count == "first":
             chosen_TE = expert_rank(routing.selection_logits_TE) == 0
         else:
             chosen_TE = routing.selected_mask_TE
         chosen_TE = chosen_TE & tokens_T.unsqueeze(-1)
-        share_E = chosen_TE.sum(0) / chosen_TE.sum().clamp(min=1)
+        count_E = _over_ranks(chosen_TE.sum(0), group)
+        share_E = count_E / count_E.sum().clamp(min=1)
     # where() and not a product: an unchosen token may hold NaN
     mean_prob_E = torch.where(tokens_T.unsqueeze(-1), routing.probs_TE, 0.0).sum(0)
-    mean_prob_E = mean_prob_E / num_tokens.clamp(min=1)
+    mean_prob_E = _over_ranks(mean_prob_E, group) / num_tokens.clamp(min=1)
     loss = (share_E * mean_prob_E).sum()
     return loss * routing.num_experts if scale == "experts" else loss
 
 
 def importance_loss(
-    routing: Routing, tokens: Tensor | None = None, *, unbiased: bool = False
+    routing: Routing,
+    tokens: Tensor | None = None,
+    *,
+    unbiased: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared coefficient of variation of the experts' summed clean probabilities (V-MoE).
 
@@ -63,10 +76,11 @@ def importance_loss(
         routing: The plan.
         tokens: Bool (T,).
         unbiased: Sample variance, as Tutel takes it; V-MoE takes the population's.
+        group: Ranks whose tokens are taken together.
     """
     tokens_T = _default_tokens(routing) if tokens is None else tokens
     importance_E = torch.where(tokens_T.unsqueeze(-1), routing.probs_TE, 0.0).sum(0)
-    return _squared_variation(importance_E, unbiased)
+    return _squared_variation(_over_ranks(importance_E, group), unbiased)
 
 
 def load_loss(
@@ -77,6 +91,7 @@ def load_loss(
     noise_std: float,
     variant: Literal["vmoe", "tutel"] = "vmoe",
     unbiased: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected loads under gate noise (V-MoE).
 
@@ -88,6 +103,7 @@ def load_loss(
         variant: "vmoe" compares clean logits with the threshold; "tutel" compares clean
             *probabilities* with it, which is what GMoE was trained with.
         unbiased: Sample variance, as Tutel takes it.
+        group: Ranks whose tokens are taken together.
 
     Raises:
         ValueError: No gate noise: the expected load is then undefined.
@@ -102,7 +118,7 @@ def load_loss(
     sigma = noise_std / routing.num_experts
     probability_TE = 0.5 * (1 + torch.erf((clean_TE - threshold_T1) / (sigma * math.sqrt(2.0))))
     load_E = torch.where(tokens_T.unsqueeze(-1), probability_TE, 0.0).sum(0)
-    return _squared_variation(load_E, unbiased)
+    return _squared_variation(_over_ranks(load_E, group), unbiased)
 
 
 def importance_load_loss(
@@ -113,13 +129,20 @@ def importance_load_loss(
     noise_std: float,
     variant: Literal["vmoe", "tutel"] = "vmoe",
     unbiased: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """(importance + load) / 2: what GMoE trains with. Importance alone without gate noise."""
-    importance = importance_loss(routing, tokens, unbiased=unbiased)
+    importance = importance_loss(routing, tokens, unbiased=unbiased, group=group)
     if noise_std <= 0:
         return importance
     load = load_loss(
-        routing, tokens, top_k=top_k, noise_std=noise_std, variant=variant, unbiased=unbiased
+        routing,
+        tokens,
+        top_k=top_k,
+        noise_std=noise_std,
+        variant=variant,
+        unbiased=unbiased,
+        group=group,
     )
     return (importance + load) / 2
 
@@ -141,7 +164,9 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
         routings: What `collect_routing` gathered.
         spec: Says which loss, over which modalities, with which weight. When
             `router_options["balance_weights"]` gives each modality its own weight, each modality is
-            balanced by itself; otherwise all balanced tokens are pooled.
+            balanced by itself; otherwise all balanced tokens are pooled. With
+            `router_options["balance_scope"]` "global", the tokens of all ranks are; every rank
+            calls this then.
 
     Raises:
         ValueError: No routing was collected.
@@ -168,12 +193,16 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
 
 
 def _layer_loss(routing: Routing, tokens_T: Tensor, spec: MoESpec) -> Tensor:
+    group = None
+    if spec.router_options.get("balance_scope") == "global" and _is_distributed():
+        group = torch.distributed.group.WORLD
     if spec.balance == "switch":
         return load_balancing_loss(
             routing,
             tokens_T,
             count=spec.router_options.get("balance_count", "first"),
             scale=spec.router_options.get("balance_scale", "experts"),
+            group=group,
         )
     parity = spec.balance == "importance_load_tutel"
     return importance_load_loss(
@@ -183,7 +212,32 @@ def _layer_loss(routing: Routing, tokens_T: Tensor, spec: MoESpec) -> Tensor:
         noise_std=spec.noise_std,
         variant="tutel" if parity else "vmoe",
         unbiased=parity,
+        group=group,
     )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _over_ranks(amount: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks; the amount itself without a group."""
+    return amount if group is None else _SumOverRanks.apply(amount, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, amount: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = amount.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def _squared_variation(amount_E: Tensor, unbiased: bool) -> Tensor:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from gmoe_ltdr.sharding import expert_parallel_group, gather_state_dict
 from gmoe_ltdr.spec import MoESpec, preset
 from gmoe_ltdr.upcycle import upcycle_
 
@@ -26,7 +29,12 @@ _FORMAT = "gmoe-ltdr/1"
 
 
 def create_moe_vit(
-    name: str, spec: MoESpec, *, pretrained: bool = False, **timm_kwargs: Any
+    name: str,
+    spec: MoESpec,
+    *,
+    pretrained: bool = False,
+    ep_group: ProcessGroup | None = None,
+    **timm_kwargs: Any,
 ) -> nn.Module:
     """A timm ViT with sparse layers.
 
@@ -35,6 +43,7 @@ def create_moe_vit(
         spec: The sparse model.
         pretrained: Load the dense model's weights first, then copy them into every expert. For a
             local file pass `pretrained_cfg_overlay={"file": path}` as with timm.
+        ep_group: Ranks that share the experts, see `upcycle_`.
         **timm_kwargs: For `timm.create_model`: num_classes, img_size, drop_path_rate, ...
 
     Returns:
@@ -45,7 +54,7 @@ def create_moe_vit(
         RuntimeError: They could not be loaded. A model never starts from random weights silently.
     """
     dense = create_dense_vit(name, pretrained=pretrained, **timm_kwargs)
-    model = upcycle_(dense, spec)
+    model = upcycle_(dense, spec, ep_group=ep_group)
     placement = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
     kept = {k: v for k, v in timm_kwargs.items() if k not in placement and v is not None}
     model.moe_config = {"backbone": name, "timm_kwargs": kept, "spec": spec.to_dict()}
@@ -92,6 +101,9 @@ def _is_cfg(tag: Any) -> bool:
 def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write a sparse model as safetensors and JSON, one unsharded layout.
 
+    With expert parallelism every rank of the group calls this; the group's first rank writes what
+    all of them hold, and all return when it is written.
+
     Args:
         model: Made by `create_moe_vit` or a registered name, or an upcycled timm model that was
             made by `timm.create_model`.
@@ -110,19 +122,37 @@ def save_model(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ValueError(
             f"the model's timm arguments cannot be written as JSON: {error}"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    partial = folder / f".{_WEIGHTS_FILE}.{os.getpid()}"
-    save_file(state, partial)
-    os.replace(partial, folder / _WEIGHTS_FILE)
-    partial = folder / f".{_CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(text + "\n")
-    os.replace(partial, folder / _CONFIG_FILE)
+    group = expert_parallel_group(model)
+    state = gather_state_dict(model)
+    if group is None or group.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+        partial = folder / f".{_WEIGHTS_FILE}.{os.getpid()}"
+        save_file(state, partial)
+        os.replace(partial, folder / _WEIGHTS_FILE)
+        partial = folder / f".{_CONFIG_FILE}.{os.getpid()}"
+        partial.write_text(text + "\n")
+        os.replace(partial, folder / _CONFIG_FILE)
+    if group is not None:
+        torch.distributed.barrier(group)
     return folder
 
 
-def load_model(folder: str | os.PathLike, *, device: str = "cpu") -> nn.Module:
+def load_model(
+    folder: str | os.PathLike,
+    *,
+    device: str = "cpu",
+    ep_group: ProcessGroup | None = None,
+    dispatcher: str | None = None,
+) -> nn.Module:
     """Read what `save_model` wrote, in evaluation mode. Never executes code from the folder.
+
+    Args:
+        folder: Written on any number of ranks.
+        device: Where the model goes.
+        ep_group: Ranks that share the experts from now on; each of them calls this.
+        dispatcher: Replaces the one the model was saved with. With `ep_group`, a model saved with
+            "local" gets "auto".
 
     Raises:
         ValueError: Not such a folder, or its two files do not fit each other.
@@ -140,7 +170,13 @@ def load_model(folder: str | os.PathLike, *, device: str = "cpu") -> nn.Module:
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise ValueError(f"{folder / _CONFIG_FILE} was not written by save_model ({_FORMAT})")
     spec = MoESpec.from_dict(config["spec"])
-    model = create_moe_vit(config["backbone"], spec, pretrained=False, **config["timm_kwargs"])
+    if dispatcher is None and ep_group is not None and spec.dispatcher == "local":
+        dispatcher = "auto"
+    if dispatcher is not None:
+        spec = replace(spec, dispatcher=dispatcher)
+    model = create_moe_vit(
+        config["backbone"], spec, pretrained=False, ep_group=ep_group, **config["timm_kwargs"]
+    )
     try:
         state = load_file(folder / _WEIGHTS_FILE)
         model.load_state_dict(state, strict=True)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.dispatch import create_dispatcher
+from gmoe_ltdr.dispatch.placement import experts_of_rank
 from gmoe_ltdr.experts import StackedExperts
 from gmoe_ltdr.routers import create_router
 from gmoe_ltdr.routing import Modality, TokenContext
@@ -46,6 +48,7 @@ class MoE(nn.Module):
         act_layer: Activation of the experts.
         bias: Whether the two linear layers of an expert have biases.
         context_of: From the layer's input (B, L, dim) to the `TokenContext` of its tokens.
+        ep_group: Ranks that share the experts; each holds and trains its own. None: all are here.
     """
 
     def __init__(
@@ -57,17 +60,40 @@ class MoE(nn.Module):
         act_layer: type[nn.Module] = nn.GELU,
         bias: tuple[bool, bool] = (True, True),
         context_of: Callable[[Tensor], TokenContext] | None = None,
+        ep_group: ProcessGroup | None = None,
     ):
         super().__init__()
         self.spec = spec
         self.context_of = context_of or VisionContext()
         self.router = create_router(dim, spec)
-        self.dispatcher = create_dispatcher(spec.dispatcher)
+        self.dispatcher = create_dispatcher(
+            spec.dispatcher, num_experts=spec.num_experts, group=ep_group
+        )
         options = {"dropout": spec.expert_dropout, "act_layer": act_layer, "bias": bias}
+        # all of them first, so that a seed gives the same experts on any number of ranks
         self.experts = StackedExperts(spec.num_experts, dim, hidden_dim, **options)
+        if self.ep_group is not None:
+            held = self.held_experts
+            for name, parameter in list(self.experts.named_parameters()):
+                held_part = parameter.detach()[held.start : held.stop].clone()
+                setattr(self.experts, name, nn.Parameter(held_part))
         self.shared_experts = None
         if spec.shared_experts:
             self.shared_experts = StackedExperts(spec.shared_experts, dim, hidden_dim, **options)
+
+    @property
+    def ep_group(self) -> ProcessGroup | None:
+        """The ranks that share the experts; None when all of them are here."""
+        group = getattr(self.dispatcher, "group", None)
+        return None if group is None or group.size() == 1 else group
+
+    @property
+    def held_experts(self) -> range:
+        """The experts that are here."""
+        group = self.ep_group
+        if group is None:
+            return range(self.spec.num_experts)
+        return experts_of_rank(self.spec.num_experts, group.size(), group.rank())
 
     def forward(self, x: Tensor) -> Tensor:
         tokens_TD = x.reshape(-1, x.shape[-1])
@@ -86,6 +112,18 @@ class MoE(nn.Module):
         out_TD = out_TD.view(num_shared, num_tokens, -1).sum(0)
         return torch.where(real_T.unsqueeze(-1), out_TD, torch.zeros_like(out_TD))
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Checkpoints hold all experts: take the part that is held here."""
+        if self.ep_group is not None:
+            held = self.held_experts
+            for name in dict(self.experts.named_parameters()):
+                saved = state_dict.get(f"{prefix}experts.{name}")
+                if saved is not None and len(saved) == self.spec.num_experts:
+                    state_dict[f"{prefix}experts.{name}"] = saved[held.start : held.stop]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"num_experts={spec.num_experts}, top_k={spec.top_k}, router={spec.router!r}"
+        text = f"num_experts={spec.num_experts}, top_k={spec.top_k}, router={spec.router!r}"
+        held = self.held_experts
+        return text if self.ep_group is None else f"{text}, here={held.start}..{held.stop - 1}"

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("cosine", "linear"),
     "weighting": ("renormalize", "raw", "softmax_of_probs"),
     "balance": ("none", "switch", "importance_load", "importance_load_tutel"),
-    "dispatcher": ("local", "all_to_all", "tutel"),
+    "dispatcher": ("local", "all_to_all", "tutel", "auto"),
 }
 _LAYER_NAMES = ("gmoe", "every_other", "last_two")
 
@@ -25,6 +25,7 @@ _LAYER_NAMES = ("gmoe", "every_other", "last_two")
 OPTIONS = {
     "balance_scale": ("experts", "none"),
     "balance_count": ("first", "all"),
+    "balance_scope": ("rank", "global"),  # whose tokens are counted in distributed training
     "balance_weights": None,  # {"vision": 0.001, "language": 0.01}
 }
 
@@ -55,7 +56,7 @@ class MoESpec:
             has nothing to balance.
         balance_weight: Weight of the balance loss, summed over layers.
         shared_experts: Experts that every token uses with weight 1, without a router.
-        dispatcher: How tokens reach their experts.
+        dispatcher: How tokens reach their experts; see `gmoe_ltdr.dispatch.create_dispatcher`.
         router_options: Further options of the router and its losses, by name.
 
     Raises:
@@ -77,7 +78,7 @@ class MoESpec:
     balanced_modalities: frozenset[Modality] = frozenset({Modality.LANGUAGE})
     balance_weight: float = 0.01
     shared_experts: int = 0
-    dispatcher: Literal["local", "all_to_all", "tutel"] = "local"
+    dispatcher: Literal["local", "all_to_all", "tutel", "auto"] = "local"
     router_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.collect import moe_layers
+from gmoe_ltdr.dispatch import create_dispatcher
 from gmoe_ltdr.moe import MoE, VisionContext
 from gmoe_ltdr.routing import TokenContext
 from gmoe_ltdr.spec import MoESpec
@@ -49,19 +51,22 @@ class AttentionContext(VisionContext):
         return TokenContext(plain.modality_BL, plain.is_cls_BL, attention_BL=scores)
 
 
-def upcycle_(model: nn.Module, spec: MoESpec) -> nn.Module:
+def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None = None) -> nn.Module:
     """Replace the MLPs of `spec.layers` by MoE layers, each expert a copy of the MLP it replaces.
 
     Args:
         model: A timm VisionTransformer, or any module with `blocks` whose items have an `mlp`.
         spec: The sparse model.
+        ep_group: Ranks that share the experts of every layer (expert parallelism). Each of them
+            calls this with the same model.
 
     Returns:
         The same model, changed in place. Nothing is changed when an error is raised.
 
     Raises:
         TypeError: The model has no `blocks`, or a block's MLP is not timm's plain `Mlp`.
-        ValueError: The model is sparse already, or a layer index does not exist.
+        ValueError: The model is sparse already, a layer index does not exist, or the experts
+            cannot be shared by the group's ranks.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None or not len(blocks) or not all(hasattr(b, "mlp") for b in blocks):
@@ -78,13 +83,19 @@ def upcycle_(model: nn.Module, spec: MoESpec) -> nn.Module:
         for index in indices:
             _check_attention(model, blocks[index], name=f"blocks.{index}.attn")
 
+    # only to raise what is wrong with them before anything is changed
+    create_dispatcher(spec.dispatcher, num_experts=spec.num_experts, group=ep_group)
+
     for index in indices:
         block = blocks[index]
-        block.mlp = _sparse_copy(block, spec, num_prefix_tokens=_num_prefix_tokens(model))
+        prefix = _num_prefix_tokens(model)
+        block.mlp = _sparse_copy(block, spec, num_prefix_tokens=prefix, ep_group=ep_group)
     return model
 
 
-def _sparse_copy(block: nn.Module, spec: MoESpec, *, num_prefix_tokens: int) -> MoE:
+def _sparse_copy(
+    block: nn.Module, spec: MoESpec, *, num_prefix_tokens: int, ep_group: ProcessGroup | None
+) -> MoE:
     mlp = block.mlp
     if spec.tail_rule.kind == "attention":
         context_of = AttentionContext(num_prefix_tokens)
@@ -98,6 +109,7 @@ def _sparse_copy(block: nn.Module, spec: MoESpec, *, num_prefix_tokens: int) -> 
         act_layer=type(mlp.act),
         bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None),
         context_of=context_of,
+        ep_group=ep_group,
     )
     moe.experts.act = mlp.act  # with its own settings, e.g. the tanh approximation of GELU
     moe.experts.copy_from_dense_(mlp.fc1, mlp.fc2)

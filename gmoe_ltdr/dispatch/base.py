@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from gmoe_ltdr.dispatch.placement import experts_per_rank
 from gmoe_ltdr.routing import Routing
 
 
@@ -40,17 +42,59 @@ class Dispatcher(Protocol):
         ...
 
 
-def create_dispatcher(name: str) -> Dispatcher:
+def create_dispatcher(
+    name: str, *, num_experts: int | None = None, group: ProcessGroup | None = None
+) -> Dispatcher:
     """The dispatcher that `MoESpec.dispatcher` names.
 
+    Args:
+        name: "local" (all experts on this device), "all_to_all" or "tutel" (experts shared by the
+            ranks of `group`), or "auto": local without a group of several ranks, else Tutel where
+            it is installed and the ranks divide the experts, else all-to-all. Without such a group
+            "all_to_all" is "local" too, and "tutel" means Tutel's kernels on one device.
+        num_experts: Experts of the layer, all ranks together; needed with a group.
+        group: The ranks that share the experts.
+
     Raises:
-        ValueError: One that this version does not have.
+        ValueError: No such dispatcher, one that cannot use the group, or more ranks than experts.
+        ImportError: Tutel was asked for by name and is not installed.
     """
     from gmoe_ltdr.dispatch.local import LocalDispatcher
 
-    if name == "local":
-        return LocalDispatcher()
-    raise ValueError(
-        f"dispatcher={name!r} is not available in this version; use 'local', which runs all "
-        "experts on one device"
-    )
+    num_ranks = 1 if group is None else group.size()
+    if name not in ("local", "all_to_all", "tutel", "auto"):
+        raise ValueError(
+            f"dispatcher={name!r} is not available in this version; use 'local', which runs all "
+            "experts on one device, or 'auto'"
+        )
+    if num_ranks > 1:
+        if name == "local":
+            raise ValueError(
+                "dispatcher='local' runs all experts on one device, but the expert-parallel group "
+                f"has {num_ranks} ranks; use dispatcher='auto', or pass no ep_group"
+            )
+        experts_per_rank(num_experts, num_ranks)  # refuses more ranks than experts
+    if name == "tutel" or (
+        name == "auto" and num_ranks > 1 and _tutel_fits(num_experts, num_ranks)
+    ):
+        from gmoe_ltdr.dispatch.tutel import TutelDispatcher
+
+        return TutelDispatcher(group, num_experts=num_experts)
+    if num_ranks > 1:
+        from gmoe_ltdr.dispatch.all_to_all import AllToAllDispatcher
+
+        return AllToAllDispatcher(group)
+    return LocalDispatcher()
+
+
+def _tutel_fits(num_experts: int, num_ranks: int) -> bool:
+    """Every rank of a group sees the same numbers; Tutel itself must be on all ranks or none."""
+    if num_experts % num_ranks:
+        return False
+    from gmoe_ltdr.dispatch.tutel import import_tutel
+
+    try:
+        import_tutel()
+    except ImportError:
+        return False
+    return True
