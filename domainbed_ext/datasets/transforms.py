@@ -51,18 +51,22 @@ def get_transforms(
             f"augmentation {augmentation!r} is unknown; choose among {', '.join(AUGMENTATIONS)}"
         )
     if in_memory:
-        size = tuple(input_shape[1:])
-        plain = Plain(size)
-        return {"domainbed": Jitter(size), "style": Style(size), "none": plain}[augmentation], plain
+        size = (input_shape[1], input_shape[2])
+        augmented: dict[str, Callable[..., Tensor]] = {
+            "domainbed": Jitter(size),
+            "style": Style(size),
+            "none": Plain(size),
+        }
+        return augmented[augmentation], Plain(size)
     if augmentation == "style":
         raise UsageError(
             "augmentation 'style' is for data sets held in memory, such as EmojiDG; "
             "for image files choose 'domainbed' or 'none'"
         )
-    plain = _file_transform(input_shape, augmented=False)
-    return (
-        _file_transform(input_shape, augmented=True) if augmentation != "none" else plain
-    ), plain
+    evaluated = _file_transform(input_shape, augmented=False)
+    if augmentation == "none":
+        return evaluated, evaluated
+    return _file_transform(input_shape, augmented=True), evaluated
 
 
 def _file_transform(input_shape: tuple[int, int, int], *, augmented: bool) -> Callable[..., Tensor]:
@@ -117,7 +121,7 @@ class Jitter:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         draw = _Draws(images, generator)
-        x_NCHW = Plain(images.shape[-2:])(images)
+        x_NCHW = images.float() / 127.5 - 1
         zoom = draw.uniform(1 - self.scale, 1 + self.scale)
         zero = torch.zeros_like(zoom)
         row_x = torch.stack([zoom, zero, draw.uniform(-self.shift, self.shift)], 1)
