@@ -108,7 +108,8 @@ def load_training_state(algorithm: Any, state: Mapping[str, Any]) -> None:
 
 def rng_state() -> dict[str, Any]:
     """The states of all global random number generators."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),

@@ -88,7 +88,7 @@ def tee_output(folder: Path) -> Iterator[None]:
         open(folder / OUT_FILE, "a", encoding="utf-8") as out,
         open(folder / ERR_FILE, "a", encoding="utf-8") as err,
     ):
-        sys.stdout, sys.stderr = Tee(stdout, out), Tee(stderr, err)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = Tee(stdout, out), Tee(stderr, err)
         try:
             yield
         finally:

@@ -73,7 +73,8 @@ def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
         args: Checked arguments.
         hparams: All hyper-parameters, as `domainbed_ext.scripts.train.run_hparams` gives them.
     """
-    dataset_class = get_dataset_class(args.dataset)
+    # Every data set takes DomainBed's (root, test_envs, hparams), which is not the base class's.
+    dataset_class: Any = get_dataset_class(args.dataset)
     num_steps = args.steps or dataset_class.N_STEPS
     hparams = dict(hparams)
     if hparams.get("schedule_steps") == 0:
@@ -160,14 +161,15 @@ def reproducible_kernels(device: str) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = (cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     cudnn.deterministic, cudnn.benchmark = True, False
     # Only a warning: an algorithm from elsewhere may need a kernel that has no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before[:2]
         torch.use_deterministic_algorithms(before[2], warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
@@ -47,7 +48,7 @@ def _parent_is_embedded(name: str) -> bool:
     return getattr(parent, "__file__", None) is None
 
 
-class _PackageLoader:
+class _PackageLoader(Loader):
     """Makes the empty packages `domainbed` and `domainbed.scripts`."""
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -57,7 +58,7 @@ class _PackageLoader:
         module.__doc__ = f"{module.__name__}, embedded: see {PACKAGES[module.__name__]}."
 
 
-class _AliasLoader:
+class _AliasLoader(Loader):
     """Serves a module of `domainbed_ext` under another name, to `import` and to `python -m`."""
 
     def __init__(self, target: str) -> None:

@@ -190,7 +190,8 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
 
 def run_hparams(args: TrainArgs) -> dict[str, Any]:
     """The hyper-parameters of a run: the defaults or a draw, then what --hparams changes."""
-    overrides = parse_hparams(args.hparams, args.algorithm, args.dataset)
+    text = None if args.hparams is None else str(args.hparams)
+    overrides = parse_hparams(text, args.algorithm, args.dataset)
     if args.hparams_seed == 0:
         hparams = default_hparams(args.algorithm, args.dataset)
     else:
