@@ -86,7 +86,7 @@ def _convert(
             key: convert(value, layer_of_number[number])
             if number in layer_of_number and isinstance(value, Tensor) and value.dim() > 0
             else value
-            for key, value in sorted(values.items())
+            for key, value in values.items()
         }
         for number, values in sorted(state["state"].items())
     }

@@ -76,8 +76,7 @@ class AllToAllDispatcher:
         received = [sum(row) for row in per_source]
 
         # the local half may leave room behind its last row
-        rows_ND = _in_autocast_dtype(home.tokens_ND[: sum(sent)])
-        rows_MD = _AllToAll.apply(rows_ND, sent, received, self.group)
+        rows_MD = _AllToAll.apply(home.tokens_ND[: sum(sent)], sent, received, self.group)
         by_expert_M = by_rank_M = None
         if held[rank] > 1 and num_ranks > 1:
             experts_M = torch.arange(held[rank], device=counts_RE.device).repeat(num_ranks)
@@ -150,11 +149,3 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tens
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
     return arrived
-
-
-def _in_autocast_dtype(rows_ND: Tensor) -> Tensor:
-    """Under autocast the experts compute in half precision anyway: send half the bytes."""
-    device = rows_ND.device.type
-    if not torch.is_autocast_enabled(device) or rows_ND.dtype == torch.float64:
-        return rows_ND
-    return rows_ND.to(torch.get_autocast_dtype(device))
