@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments[1:], prog=f"ltdr {name}") or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # `ltdr doctor | head` has seen enough; Python must not try to flush what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":
