@@ -99,7 +99,7 @@ class MoE(nn.Module):
         tokens_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens_TD, self.context_of(x))
         dispatched = self.dispatcher.dispatch(tokens_TD, routing)
-        expert_out_ND = self.experts(dispatched.tokens_ND, dispatched.tokens_per_expert_e)
+        expert_out_ND = dispatched.run(self.experts)
         out_TD = self.dispatcher.combine(expert_out_ND, dispatched)
         if self.shared_experts is not None:
             out_TD = out_TD + self._shared(tokens_TD, ~routing.of(Modality.PADDING))

@@ -128,7 +128,48 @@ def check_groups_and_levels() -> dict:
     assert os.environ["LOCAL_SIZE"] == "2"
     with pytest.raises(ValueError, match="smaller expert-parallel group"):
         TutelDispatcher(group, num_experts=4, ranks_per_node=2)
+    with pytest.raises(ValueError, match="smaller expert-parallel group"):
+        TutelDispatcher(group, num_experts=4, overlap=2)
     return names
+
+
+def overlap_by_parts(blocks_ECD, *, expert_fn, a2a_ffn_overlap_degree, use_2dh, group):
+    """What Tutel's overlapped path computes, one part after the other: it needs several GPUs."""
+    assert not use_2dh
+    out = []
+    for part in blocks_ECD.split(blocks_ECD.shape[1] // a2a_ffn_overlap_degree, dim=1):
+        there = TutelDispatcher(group)
+        out.append(there._to_tokens(expert_fn(there._to_experts(part))))
+    return torch.cat(out, dim=1)
+
+
+def check_overlap() -> None:
+    torch.manual_seed(dist.get_rank())
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        spec = preset("ltdr", dispatcher="tutel", num_experts=4)
+        layer = MoE(16, 32, spec, ep_group=dist.group.WORLD).eval()
+    plain = TutelDispatcher(dist.group.WORLD, num_experts=4, overlap=3)
+    overlapped = TutelDispatcher(dist.group.WORLD, num_experts=4, overlap=3)
+    overlapped._can_overlap = lambda tokens: True
+    overlapped._tutel.a2a_ffn_overlap_forward = overlap_by_parts
+    results = []
+    x = torch.randn(2, 7, 16)
+    for dispatcher in (plain, overlapped):
+        layer.dispatcher = dispatcher
+        layer.zero_grad()
+        tokens = x.clone().requires_grad_()
+        out = layer(tokens)
+        out.square().sum().backward()
+        results.append([out, tokens.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.tutel
+@needs_tutel
+def test_travel_in_parts_changes_nothing():
+    run_ranks(check_overlap, 2)
 
 
 @pytest.mark.tutel

@@ -5,6 +5,7 @@ Every dispatcher equals the dense reference sum_e W[t, e] * expert_e(x_t), in va
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,10 @@ class Dispatched:
     tokens_ND: Tensor
     tokens_per_expert_e: Tensor
     ticket: object
+
+    def run(self, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What the experts make of the rows; an engine that overlaps travel and work overrides it."""
+        return experts(self.tokens_ND, self.tokens_per_expert_e)
 
 
 class Dispatcher(Protocol):

@@ -16,6 +16,7 @@ routing slots per token, C slots per expert.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -35,9 +36,35 @@ dispatcher='all_to_all' does the same on plain torch.distributed"""
 
 @dataclass(frozen=True)
 class _Ticket:
-    """Tutel's plan: (E, expert of each slot, location, weight, C, unused)."""
+    """Tutel's plan: (E, expert of each slot, location, weight, C, unused), and who travels."""
 
     plan: tuple[Any, ...]
+    at_home: bool
+
+
+@dataclass(frozen=True)
+class _Overlapped(Dispatched):
+    """Rows still at home: they travel in parts, while the experts work on other parts."""
+
+    dispatcher: TutelDispatcher
+
+    def run(self, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        dispatcher, width = self.dispatcher, self.tokens_ND.shape[-1]
+        ticket: _Ticket = self.ticket
+
+        def run_part(part_eND: Tensor) -> Tensor:
+            num_local, num_rows, _ = part_eND.shape
+            counts_e = torch.full((num_local,), num_rows, device=part_eND.device)
+            return experts(part_eND.reshape(-1, width), counts_e).view_as(part_eND)
+
+        blocks_ECD = dispatcher._tutel.a2a_ffn_overlap_forward(
+            self.tokens_ND.view(ticket.plan[0], -1, width),
+            expert_fn=run_part,
+            a2a_ffn_overlap_degree=dispatcher.overlap,
+            use_2dh=dispatcher.ranks_per_node > 1,
+            group=dispatcher.group,
+        )
+        return blocks_ECD.reshape(-1, width)
 
 
 class TutelDispatcher:
@@ -48,6 +75,9 @@ class TutelDispatcher:
         num_experts: Experts of the layer, to refuse a number that the ranks do not divide.
         ranks_per_node: More than 1 lets the all-to-all go in two levels, first between nodes, then
             within a node (Tutel's 2D all-to-all). Only where the group is the whole world.
+        overlap: In how many parts rows travel, the experts working on one part while the next is on
+            its way (`a2a_ffn_overlap_degree`). CUDA and NCCL only, over the whole world; elsewhere
+            it is ignored, as Tutel does.
 
     Raises:
         ImportError: Tutel is not installed.
@@ -60,18 +90,22 @@ class TutelDispatcher:
         *,
         num_experts: int | None = None,
         ranks_per_node: int = 1,
+        overlap: int = 1,
     ):
         self._tutel = import_tutel()
         self.group = group
         self.num_ranks = 1 if group is None else group.size()
         self.ranks_per_node = ranks_per_node
+        self.overlap = overlap
         if num_experts is not None:
             _check_experts(num_experts, self.num_ranks)
-        if ranks_per_node > 1:
+        if not 1 <= overlap <= 32:
+            raise ValueError(f"overlap={overlap} must lie between 1 and 32, Tutel's limit")
+        if ranks_per_node > 1 or overlap > 1:
             if group is None or self.num_ranks != dist.get_world_size():
                 raise ValueError(
-                    "Tutel's 2D all-to-all always runs over all ranks; use ranks_per_node=1 for a "
-                    "smaller expert-parallel group"
+                    "Tutel's 2D all-to-all and its overlap always run over all ranks; use "
+                    "ranks_per_node=1 and overlap=1 for a smaller expert-parallel group"
                 )
             if self.num_ranks % ranks_per_node:
                 raise ValueError(
@@ -85,26 +119,32 @@ class TutelDispatcher:
                 "in one process. Use bfloat16, or dispatcher='all_to_all'"
             )
         _check_experts(routing.num_experts, self.num_ranks)
-        plan = self._plan(routing)
+        overlapped = self.overlap > 1 and self._can_overlap(tokens_TD)
+        plan = self._plan(routing, multiple_of=self.overlap if overlapped else 1)
         blocks_ECD = self._tutel.fast_encode(tokens_TD.contiguous(), plan)
-        if self.num_ranks > 1:
+        if self.num_ranks > 1 and not overlapped:
             blocks_ECD = self._to_experts(blocks_ECD)
         num_local, rows_per_expert, width = blocks_ECD.shape
         counts_e = torch.full((num_local,), rows_per_expert, device=tokens_TD.device)
         rows_ND = blocks_ECD.reshape(-1, width)
-        return Dispatched(rows_ND, counts_e, _Ticket(plan))
+        if overlapped:
+            return _Overlapped(rows_ND, counts_e, _Ticket(plan, at_home=True), self)
+        return Dispatched(rows_ND, counts_e, _Ticket(plan, at_home=self.num_ranks == 1))
 
     def combine(self, expert_out_ND: Tensor, dispatched: Dispatched) -> Tensor:
         ticket: _Ticket = dispatched.ticket
         num_experts, capacity = ticket.plan[0], ticket.plan[4]
         width = expert_out_ND.shape[-1]
-        blocks = expert_out_ND.view(num_experts // self.num_ranks, -1, width)
-        if self.num_ranks > 1:
-            blocks = self._to_tokens(blocks)
+        blocks = expert_out_ND
+        if not ticket.at_home:
+            blocks = self._to_tokens(blocks.view(num_experts // self.num_ranks, -1, width))
         blocks_ECD = blocks.reshape(num_experts, capacity, width).contiguous()
         return self._tutel.fast_decode(blocks_ECD, ticket.plan)
 
-    def _plan(self, routing: Routing) -> tuple[Any, ...]:
+    def _can_overlap(self, tokens_TD: Tensor) -> bool:
+        return tokens_TD.is_cuda and self.num_ranks > 1
+
+    def _plan(self, routing: Routing, *, multiple_of: int) -> tuple[Any, ...]:
         """Tutel's description of a routing. Every tensor of it is contiguous, or Tutel fails."""
         mask_TE = routing.dispatch_mask_TE
         num_experts = mask_TE.shape[1]
@@ -119,8 +159,9 @@ class TutelDispatcher:
                 # Tutel's kernels and all-to-all need one C on all ranks
                 dist.all_reduce(capacity_1, op=dist.ReduceOp.MAX, group=self.group)
             num_slots, capacity = (
-                max(int(n), 1) for n in torch.stack([num_slots_1, capacity_1]).tolist()
+                max(n, 1) for n in torch.stack([num_slots_1, capacity_1]).tolist()
             )
+            capacity = -(-capacity // multiple_of) * multiple_of
             order_TE = mask_TE.int().argsort(dim=1, descending=True, stable=True)
             experts_TS = order_TE[:, :num_slots]
             used_TS = torch.arange(num_slots, device=mask_TE.device) < experts_per_token_T[:, None]
@@ -178,6 +219,7 @@ def import_tutel() -> SimpleNamespace:
         ImportError: Tutel is missing, or its extension is; says how to install it.
     """
     try:
+        from tutel.impls.overlap import a2a_ffn_overlap_forward
         from tutel.moe import fast_decode, fast_encode
         from tutel.net import all_to_all, all_to_all_single
     except ImportError as error:  # without its compiled part, Tutel raises a plain ImportError
@@ -187,6 +229,7 @@ def import_tutel() -> SimpleNamespace:
         fast_decode=fast_decode,
         all_to_all=all_to_all,
         all_to_all_single=all_to_all_single,
+        a2a_ffn_overlap_forward=a2a_ffn_overlap_forward,
     )
 
 
