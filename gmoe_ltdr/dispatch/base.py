@@ -31,7 +31,7 @@ class Dispatched:
     ticket: object
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What the experts make of the rows; an engine that overlaps travel and work overrides it."""
+        """What the experts make of the rows; an engine that overlaps travel has its own way."""
         return experts(self.tokens_ND, self.tokens_per_expert_e)
 
 
