@@ -1,4 +1,4 @@
-"""Run a test's function on several gloo ranks: one process each, one thread each, no ports."""
+"""Run a test's function on several ranks: one process each, one thread each, no ports."""
 
 from __future__ import annotations
 
@@ -27,14 +27,21 @@ class RankError(AssertionError):
     """What went wrong on a rank, with its traceback."""
 
 
-def run_ranks(function: Callable, num_ranks: int, *args: Any, limit_s: float = LIMIT_S) -> list:
-    """Call `function(*args)` on every rank of a gloo group.
+def run_ranks(
+    function: Callable,
+    num_ranks: int,
+    *args: Any,
+    limit_s: float = LIMIT_S,
+    backend: str = "gloo",
+) -> list:
+    """Call `function(*args)` on every rank of a process group.
 
     Args:
         function: Defined at the top level of a module.
         num_ranks: Processes.
         *args: Picklable.
         limit_s: All ranks are stopped after so many seconds.
+        backend: "nccl" on a machine with a GPU for each rank.
 
     Returns:
         What the ranks returned, by rank.
@@ -47,7 +54,15 @@ def run_ranks(function: Callable, num_ranks: int, *args: Any, limit_s: float = L
         for rank in range(num_ranks):
             receiver, sender = _processes.Pipe(duplex=False)
             work = pickle.dumps((function, args))
-            arguments = (rank, num_ranks, str(Path(folder) / "store"), sender, work, limit_s)
+            arguments = (
+                rank,
+                num_ranks,
+                str(Path(folder) / "store"),
+                sender,
+                work,
+                limit_s,
+                backend,
+            )
             process = _processes.Process(target=_run_rank, args=arguments, daemon=True)
             process.start()
             sender.close()
@@ -84,11 +99,19 @@ def _collect(pipes: list[Connection], ranks: list, limit_s: float) -> list:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _run_rank(rank: int, num_ranks: int, store: str, pipe, work: bytes, limit_s: float) -> None:
+def _run_rank(
+    rank: int,
+    num_ranks: int,
+    store: str,
+    pipe: Connection,
+    work: bytes,
+    limit_s: float,
+    backend: str,
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             store=dist.FileStore(store, num_ranks),
             rank=rank,
             world_size=num_ranks,

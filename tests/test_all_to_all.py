@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,15 @@ def reference(mask, weights, tokens, cotangent, experts, dtype):
     return out.detach(), tokens.grad, weights.grad * mask, grads
 
 
-def check_plans(make_dispatcher, dtype: torch.dtype, seeds: range, tolerance: float) -> int:
+def plan_on(device: str, mask, weights):
+    tensors = vars(plan(mask.cpu(), weights.cpu()))
+    moved = {k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    return replace(plan(mask.cpu()), **{**moved, "combine_weights_TE": weights})
+
+
+def check_plans(
+    make_dispatcher, dtype: torch.dtype, seeds: range, tolerance: float, device: str = "cpu"
+) -> int:
     """On every rank: this rank's tokens and experts, against the reference on all of them."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     exact_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -91,27 +100,29 @@ def check_plans(make_dispatcher, dtype: torch.dtype, seeds: range, tolerance: fl
         mine = slice(first, first + tokens_of_rank[rank])
         held = experts_of_rank(num_experts, num_ranks, rank)
 
-        local = StackedExperts(len(held), 6, 8).to(dtype)
+        local = StackedExperts(len(held), 6, 8).to(device, dtype)
         for name, parameter in local.named_parameters():
             whole = experts.get_parameter(name)
             parameter.data.copy_(whole.data[held.start : held.stop])
-        x = tokens[mine].to(dtype).requires_grad_()
-        w = weights[mine].clone().requires_grad_()
-        dispatched = dispatcher.dispatch(x, plan(mask[mine], w))
+        x = tokens[mine].to(device, dtype).requires_grad_()
+        w = weights[mine].to(device, copy=True).requires_grad_()
+        dispatched = dispatcher.dispatch(x, plan_on(device, mask[mine], w))
         assert int(dispatched.tokens_per_expert_e.sum()) == len(dispatched.tokens_ND)
         rows = local(dispatched.tokens_ND, dispatched.tokens_per_expert_e)
         out = dispatcher.combine(rows, dispatched)
         assert out.dtype == dtype
-        (out * cotangent[mine].to(dtype)).sum().backward()
+        (out * cotangent[mine].to(device, dtype)).sum().backward()
 
         def close(ours, reference, what, seed=seed):
-            error = (ours.to(exact_dtype) - reference).abs().max().item() if len(ours) else 0.0
+            error = (
+                (ours.to("cpu", exact_dtype) - reference).abs().max().item() if len(ours) else 0.0
+            )
             scale = max(reference.abs().max().item(), 1.0) if len(reference) else 1.0
             assert error <= tolerance * scale, f"seed {seed}: {what} off by {error}"
 
         close(out, out_ref[mine], "output")
         close(x.grad, dx_ref[mine], "gradient of the tokens")
-        close(w.grad * mask[mine], dw_ref[mine], "gradient of the weights")
+        close(w.grad.cpu() * mask[mine], dw_ref[mine], "gradient of the weights")
         for name, parameter in local.named_parameters():
             expected = grads_ref[name][held.start : held.stop]
             close(parameter.grad, expected, f"gradient of {name}")
