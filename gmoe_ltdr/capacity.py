@@ -108,7 +108,8 @@ def _slot(mask_TE: Tensor, rank_TE: Tensor, selection_TE: Tensor, *, prioritised
     taken_E = rank_TE.new_zeros(num_experts)
     for level in range(num_experts):
         level_TE = mask_TE & (rank_TE == level)
-        queue_TE = level_TE.long().cumsum(0) - 1 + taken_E
+        # along the contiguous axis, which a GPU scans in parallel
+        queue_TE = level_TE.T.contiguous().cumsum(1).T - 1 + taken_E
         slot_TE = torch.where(level_TE, queue_TE, slot_TE)
         taken_E = taken_E + level_TE.sum(0)
     restored_TE = torch.empty_like(slot_TE)

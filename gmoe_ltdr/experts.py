@@ -1,5 +1,7 @@
 """Experts: E feed-forward networks of equal shape, their weights stacked.
 
+How they are computed is a matter of speed alone: `expert_backends.py` holds the ways, all equal.
+
 Shapes: E experts here (e of them on this rank), N rows ordered expert by expert, D width, F hidden
 width.
 """
@@ -11,7 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from gmoe_ltdr.expert_backends import compute_experts
 
 
 class StackedExperts(nn.Module):
@@ -30,6 +33,8 @@ class StackedExperts(nn.Module):
         fc1_bias: (E, F).
         fc2_weight: (E, D, F).
         fc2_bias: (E, D).
+        backend: How to compute, a name in `EXPERT_BACKENDS` or "auto". No part of the model: it is
+            in no checkpoint. Set it with `use_expert_backend`.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class StackedExperts(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias[1] else None
         self.act = act_layer()
         self.drop = nn.Dropout(dropout)
+        self.backend = "auto"
         self.reset_parameters()
 
     @property
@@ -80,69 +86,11 @@ class StackedExperts(nn.Module):
 
         Args:
             tokens_ND: Rows ordered expert by expert.
-            tokens_per_expert_e: How many rows belong to each; sums to N.
+            tokens_per_expert_e: How many rows belong to each. Rows behind the last expert's are not
+                computed; their results are undefined.
         """
-        counts = (
-            tokens_per_expert_e.tolist()
-            if isinstance(tokens_per_expert_e, Tensor)
-            else list(tokens_per_expert_e)
-        )
-        hidden_NF = grouped_linear(tokens_ND, self.fc1_weight, self.fc1_bias, counts)
-        hidden_NF = self.drop(self.act(hidden_NF))
-        return grouped_linear(hidden_NF, self.fc2_weight, self.fc2_bias, counts)
+        return compute_experts(self, tokens_ND, tokens_per_expert_e)
 
-
-def grouped_linear(
-    rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: Sequence[int]
-) -> Tensor:
-    """Linear layer e on the e-th group of rows.
-
-    Results are written in place group by group; nothing is concatenated, forward or backward.
-
-    Args:
-        rows_NI: Rows ordered group by group.
-        weight_EOI: One weight per group.
-        bias_EO: One bias per group, or None.
-        counts: Rows of each group; sums to N.
-    """
-    device = rows_NI.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows_NI, weight_EOI = rows_NI.to(dtype), weight_EOI.to(dtype)
-        bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-    return _GroupedLinear.apply(rows_NI, weight_EOI, bias_EO, tuple(counts))
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts):
-        ctx.save_for_backward(rows_NI, weight_EOI)
-        ctx.counts, ctx.has_bias = counts, bias_EO is not None
-        out_NO = rows_NI.new_empty(rows_NI.shape[0], weight_EOI.shape[1])
-        groups = zip(rows_NI.split(counts), out_NO.split(counts), strict=True)
-        for group, (rows_nI, out_nO) in enumerate(groups):
-            if bias_EO is None:
-                torch.mm(rows_nI, weight_EOI[group].t(), out=out_nO)
-            else:
-                torch.addmm(bias_EO[group], rows_nI, weight_EOI[group].t(), out=out_nO)
-        return out_NO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_NO: Tensor):
-        rows_NI, weight_EOI = ctx.saved_tensors
-        counts = ctx.counts
-        needs_rows, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_groups = grad_NO.contiguous().split(counts)
-        grad_rows_NI = grad_weight_EOI = grad_bias_EO = None
-        if needs_rows:
-            grad_rows_NI = torch.empty_like(rows_NI)
-            for group, grad_rows_nI in enumerate(grad_rows_NI.split(counts)):
-                torch.mm(grad_groups[group], weight_EOI[group], out=grad_rows_nI)
-        if needs_weight:
-            grad_weight_EOI = torch.empty_like(weight_EOI)
-            for group, rows_nI in enumerate(rows_NI.split(counts)):
-                torch.mm(grad_groups[group].t(), rows_nI, out=grad_weight_EOI[group])
-        if ctx.has_bias and needs_bias:
-            grad_bias_EO = torch.stack([grad_nO.sum(0) for grad_nO in grad_groups])
-        return grad_rows_NI, grad_weight_EOI, grad_bias_EO, None
+    def extra_repr(self) -> str:
+        num_experts, hidden_dim, dim = self.fc1_weight.shape
+        return f"{num_experts}, dim={dim}, hidden_dim={hidden_dim}, backend={self.backend!r}"

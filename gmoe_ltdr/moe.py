@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,9 +28,8 @@ class VisionContext:
         self.num_prefix_tokens = num_prefix_tokens
 
     def __call__(self, x: Tensor) -> TokenContext:
-        batch, length = (
-            (x.shape[:-1].numel() // x.shape[-2], x.shape[-2]) if x.dim() > 1 else (1, 1)
-        )
+        # a product of sizes, not numel(): export with an open batch size needs the symbol
+        batch, length = (math.prod(x.shape[:-2]), x.shape[-2]) if x.dim() > 1 else (1, 1)
         return TokenContext.all_vision(
             batch, length, num_prefix_tokens=self.num_prefix_tokens, device=x.device
         )

@@ -89,6 +89,8 @@ class Routing:
         noisy_logits_TE: what the selection saw; None when there was no gate noise.
         requested_mask_TE: the mask before capacity; None when there is no capacity.
         shape_BL: (B, L), to fold T back into images.
+        max_experts_per_token: No row of the mask holds more. Known without looking at the mask, so
+            that buffers can be allocated without waiting for a device; None is all experts.
     """
 
     logits_TE: Tensor
@@ -100,6 +102,7 @@ class Routing:
     noisy_logits_TE: Tensor | None = None
     requested_mask_TE: Tensor | None = None
     shape_BL: tuple[int, int] | None = None
+    max_experts_per_token: int | None = None
 
     @property
     def num_experts(self) -> int:

@@ -2,7 +2,11 @@
 
 Rows travel by gathers in both directions. Copying a token to its experts is a gather whose backward
 sums the copies' gradients; combining is that same sum, weighted, whose backward is the gather. Left
-to autograd, both sums would be scatters of rows, which on a CPU cost as much as an expert.
+to autograd, both sums would be scatters of rows, which cost as much as an expert.
+
+There are two layouts of the rows. Eager code on a CPU makes exactly as many rows as there are
+assignments (this file). On a GPU, and wherever a compiler looks on, the number of rows must not
+depend on the data, or the host would have to wait for it: see `static_rows.py`.
 
 Shapes: T tokens, D width, E experts, N = number of (token, expert) assignments.
 """
@@ -17,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmoe_ltdr.dispatch.base import Dispatched
+from gmoe_ltdr.dispatch.static_rows import StaticTicket, combine_static, dispatch_static
 from gmoe_ltdr.routing import Routing
 
 
@@ -41,6 +46,12 @@ class LocalDispatcher:
     """Copies each token once per expert, and adds the weighted results."""
 
     def dispatch(self, tokens_TD: Tensor, routing: Routing) -> Dispatched:
+        device = tokens_TD.device.type
+        if torch.is_autocast_enabled(device):  # the experts would convert every copy
+            tokens_TD = tokens_TD.to(torch.get_autocast_dtype(device))
+        if tokens_TD.is_cuda or torch.compiler.is_compiling():
+            return dispatch_static(tokens_TD, routing)
+
         mask_TE = routing.dispatch_mask_TE
         tokens_per_expert_E = mask_TE.sum(0)
         # the transposed mask read row by row is ordered by expert: no sort
@@ -57,7 +68,9 @@ class LocalDispatcher:
         return Dispatched(tokens_ND, tokens_per_expert_E, ticket)
 
     def combine(self, expert_out_ND: Tensor, dispatched: Dispatched) -> Tensor:
-        ticket: _Ticket = dispatched.ticket
+        ticket = dispatched.ticket
+        if isinstance(ticket, StaticTicket):
+            return combine_static(expert_out_ND, ticket)
         # at least float32, so that the sum of several bf16 experts is rounded once
         sum_dtype = torch.promote_types(expert_out_ND.dtype, torch.float32)
         out_TD = _WeightedSum.apply(
@@ -104,7 +117,8 @@ class _WeightedSum(torch.autograd.Function):
         rows_ND, weights_N = ctx.saved_tensors
         ticket = ctx.ticket
         grad_rows_ND = grad_TD.index_select(0, ticket.token_ids_N)
-        products_N = (grad_rows_ND * rows_ND).sum(-1)
+        # a batch of dot products: (N, 1, D) @ (N, D, 1), without the products in memory
+        products_N = torch.bmm(grad_rows_ND.unsqueeze(1), rows_ND.unsqueeze(2)).view(-1)
         row_weights_N = torch.empty_like(weights_N)
         row_weights_N[ticket.row_ids_N] = weights_N
         grad_rows_ND *= row_weights_N.unsqueeze(-1)

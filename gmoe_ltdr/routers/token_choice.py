@@ -112,6 +112,7 @@ def route(
         tail_mask_T=tail_T,
         noisy_logits_TE=None if noise_TE is None else selection_TE,
         shape_BL=(modality_BL.shape[0], modality_BL.shape[1]),
+        max_experts_per_token=max(top_k, tail_top_k),
     )
 
 
