@@ -17,12 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim.swa_utils import AveragedModel
 
+from domainbed_ext.distributed import current_ranks
 from domainbed_ext.errors import UsageError
 from domainbed_ext.networks import create_classifier, create_featurizer
 from gmoe_ltdr import MoESpec, TailRule, balance_loss, collect_routing, create_moe_vit, preset
+from gmoe_ltdr.expert_parallel import (
+    average_expert_gradients_,
+    clip_grad_norm_,
+    expert_parameters,
+    ignore_experts_in_ddp_,
+)
 from gmoe_ltdr.models import create_dense_vit
+from gmoe_ltdr.sharding import gather_optimizer_state, gather_state_dict, shard_optimizer_state
 
 Minibatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -70,6 +79,7 @@ class Algorithm(nn.Module):
     ):
         super().__init__()
         self.hparams = hparams
+        self._arguments = (input_shape, num_classes, num_domains)
 
     def update(
         self, minibatches: Minibatches, unlabeled: Sequence[Tensor] | None = None
@@ -139,6 +149,7 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, learning_rate_factor(hparams)
         )
+        self._parallel: list[nn.Module] = []  # a list, to be no part of the state
         self.average = None
         if hparams["ema_decay"] > 0:
             self.average = AveragedModel(
@@ -152,7 +163,17 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The step's loss and further numbers to record."""
-        return self.task_loss(self.network(x), y), {}
+        return self.task_loss(self.run_network(x), y), {}
+
+    def run_network(self, x: Tensor) -> Tensor:
+        """Logits in training."""
+        return self._parallel[0](x) if self._parallel else self.network(x)
+
+    def distribute_(self) -> None:
+        """Train on all ranks of the process group: the dense part is kept equal, experts that a
+        rank alone holds get the gradients of all ranks' images."""
+        ignore_experts_in_ddp_(self.network)
+        self._parallel = [nn.parallel.DistributedDataParallel(self.network)]
 
     def task_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), y, label_smoothing=self.hparams["label_smoothing"])
@@ -162,9 +183,15 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         with autocast(x.device, self.hparams["precision"]):
             loss, numbers = self.loss(x, y)
         self.optimizer.zero_grad()
-        loss.backward()
+        if self._parallel:
+            # ranks average their gradients; those with more images count for more
+            num_images = self.hparams["batch_size"] * self._arguments[2]
+            (loss * (len(x) * current_ranks().size / num_images)).backward()
+            average_expert_gradients_(self.network)
+        else:
+            loss.backward()
         if self.hparams["grad_clip"] > 0:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.hparams["grad_clip"])
+            clip_grad_norm_(self.network, self.hparams["grad_clip"])
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
@@ -181,13 +208,32 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
     def training_state(self) -> dict[str, Any]:
         """Everything besides `state_dict()` that a resumed run needs."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gather_optimizer_state(self.optimizer, self.network),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(
+            shard_optimizer_state(state["optimizer"], self.optimizer, self.network)
+        )
         self.scheduler.load_state_dict(state["scheduler"])
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """`state_dict()` with the experts of all ranks; all ranks call it."""
+        return gather_state_dict(self)
+
+    def unsharded(self) -> ERM_ViT:
+        """The same algorithm with all experts, on rank 0; the others get themselves."""
+        if not expert_parameters(self):
+            return self
+        state = self.full_state_dict()
+        if not current_ranks().is_first:
+            return self
+        hparams = {**self.hparams, "pretrained": False, "moe_dispatcher": "local"}
+        with torch.random.fork_rng(devices=[]):
+            whole = type(self)(*self._arguments, hparams)
+        whole.load_state_dict(state)
+        return whole
 
 
 class SparseViT(ERM_ViT):
@@ -199,11 +245,16 @@ class SparseViT(ERM_ViT):
         self.spec = spec_from_hparams(self.preset_name, self.hparams)
         arguments = timm_arguments(input_shape, num_classes, self.hparams)
         with hparams_are_to_blame(self.hparams):
-            return create_moe_vit(self.hparams["backbone"], self.spec, **arguments)
+            return create_moe_vit(
+                self.hparams["backbone"],
+                self.spec,
+                ep_group=expert_parallel_group(self.hparams),
+                **arguments,
+            )
 
     def loss(self, x, y):
         with collect_routing(self.network) as routings:
-            task_loss = self.task_loss(self.network(x), y)
+            task_loss = self.task_loss(self.run_network(x), y)
         balance = balance_loss(routings, self.spec)
         plans = routings.values()
         numbers = {
@@ -299,6 +350,13 @@ def _tail_rule(hparams: Mapping[str, Any]) -> TailRule:
     )
 
 
+def expert_parallel_group(hparams: Mapping[str, Any]) -> ProcessGroup | None:
+    """The ranks that share the experts: all, in a distributed run whose dispatcher can."""
+    if hparams["moe_dispatcher"] == "local" or current_ranks().size == 1:
+        return None
+    return torch.distributed.group.WORLD
+
+
 def timm_arguments(
     input_shape: Sequence[int], num_classes: int, hparams: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -317,7 +375,7 @@ def hparams_are_to_blame(hparams: Mapping[str, Any]) -> Iterator[None]:
     """Turn what is wrong with a backbone into one line about the hparams that chose it."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             f"hparams backbone={hparams['backbone']!r}, pretrained={hparams['pretrained']}: {error}"
         ) from error

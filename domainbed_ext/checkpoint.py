@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_file, save_model
 
+from domainbed_ext.distributed import current_ranks, gather
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import write_atomically
 
@@ -39,25 +40,39 @@ class Checkpoint:
         info: JSON values that say which run this is.
         training_state: Of the algorithm: parameters, optimizer, schedule.
         rng_state: Of Python, NumPy, torch and CUDA.
+        other_rng_states: Of the ranks after the first, in a distributed run.
     """
 
     step: int
     info: dict[str, Any]
     training_state: dict[str, Any]
     rng_state: dict[str, Any]
+    other_rng_states: list[dict[str, Any]] = field(default_factory=list)
+
+    def rng_state_of(self, rank: int) -> dict[str, Any] | None:
+        """The state of a rank; None for one that was not there when this was written."""
+        states = [self.rng_state, *self.other_rng_states]
+        return states[rank] if rank < len(states) else None
 
 
 def save_checkpoint(
     path: Path, *, step: int, algorithm: torch.nn.Module, info: Mapping[str, Any]
 ) -> None:
-    """Writes all that a run needs to go on after `step`; atomically, over an older checkpoint."""
+    """Writes all that a run needs to go on after `step`; atomically, over an older checkpoint.
+
+    In a distributed run all ranks call this; rank 0 writes, in the same form.
+    """
     tensors: dict[str, torch.Tensor] = {}
+    state, rng_states = training_state(algorithm), gather(rng_state())
+    if not current_ranks().is_first:
+        return
     content = {
         "format": FORMAT,
         "step": step,
         "info": dict(info),
-        "training_state": _encode(training_state(algorithm), tensors, {}),
-        "rng_state": _encode(rng_state(), tensors, {}),
+        "training_state": _encode(state, tensors, {}),
+        "rng_state": _encode(rng_states[0], tensors, {}),
+        "other_rng_states": _encode(rng_states[1:], tensors, {}),
     }
     _save_tensors(path, tensors, {"content": json.dumps(content)})
 
@@ -77,6 +92,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             info=content["info"],
             training_state=_decode(content["training_state"], tensors),
             rng_state=_decode(content["rng_state"], tensors),
+            other_rng_states=_decode(content.get("other_rng_states", []), tensors),
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -86,13 +102,17 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
 
 
 def training_state(algorithm: torch.nn.Module) -> dict[str, Any]:
-    """The algorithm's `state_dict()`, and its `training_state()` or else its optimizer's state."""
+    """The algorithm's state dict, and its `training_state()` or else its optimizer's state.
+
+    With experts on several ranks, `full_state_dict()` has all of them.
+    """
+    state_dict = getattr(algorithm, "full_state_dict", algorithm.state_dict)()
     own = getattr(algorithm, "training_state", None)
     if own is not None:
-        return {"algorithm": algorithm.state_dict(), "own": own()}
+        return {"algorithm": state_dict, "own": own()}
     optimizer = getattr(algorithm, "optimizer", None)
     return {
-        "algorithm": algorithm.state_dict(),
+        "algorithm": state_dict,
         "optimizer": None if optimizer is None else optimizer.state_dict(),
     }
 
@@ -114,8 +134,16 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": _cuda_rng_states(),
     }
+
+
+def _cuda_rng_states() -> list[torch.Tensor]:
+    if not torch.cuda.is_available():
+        return []
+    if current_ranks().size > 1:  # a rank has one device
+        return [torch.cuda.get_rng_state()]
+    return torch.cuda.get_rng_state_all()
 
 
 def load_rng_state(state: Mapping[str, Any]) -> None:
@@ -124,18 +152,24 @@ def load_rng_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if (
-        state["cuda"]
-        and torch.cuda.is_available()
-        and len(state["cuda"]) == torch.cuda.device_count()
-    ):
+    if not state["cuda"] or not torch.cuda.is_available():
+        return
+    if len(state["cuda"]) == 1:
+        torch.cuda.set_rng_state(state["cuda"][0])
+    elif len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def save_algorithm(
     folder: Path, algorithm: torch.nn.Module, info: Mapping[str, Any], *, name: str = MODEL_NAME
 ) -> None:
-    """Writes the state dict as `<name>.safetensors`, shared tensors once, and `<name>.json`."""
+    """Writes the state dict as `<name>.safetensors`, shared tensors once, and `<name>.json`.
+
+    In a distributed run all ranks call this; rank 0 writes, as one process would.
+    """
+    algorithm = getattr(algorithm, "unsharded", lambda: algorithm)()
+    if not current_ranks().is_first:
+        return
     path = folder / f"{name}.safetensors"
     partial = path.with_name(path.name + ".partial")
     try:

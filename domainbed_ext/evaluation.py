@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from domainbed_ext.distributed import Ranks
 from domainbed_ext.loaders import EvalBatches
 
 
@@ -25,6 +26,7 @@ def evaluate(
     *,
     device: torch.device | str,
     num_classes: int,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Accuracies of ``algorithm.predict`` in evaluation mode.
 
@@ -33,6 +35,8 @@ def evaluate(
         loaders: By name, such as "env0_in". An empty one yields no accuracy.
         device: Where the algorithm is.
         num_classes: Of the data set.
+        ranks: Processes that evaluate together, each its part of every loader's images. All of them
+            get the numbers.
 
     Returns:
         For each name "{name}_acc", and "{name}_class_acc": the mean of the accuracies of the
@@ -44,6 +48,9 @@ def evaluate(
         accuracies: dict[str, float] = {}
         for name, loader in loaders.items():
             right, total = _class_counts(algorithm, loader, device, num_classes)
+            if ranks is not None and ranks.size > 1:
+                torch.distributed.all_reduce(right)
+                torch.distributed.all_reduce(total)
             if total.sum() == 0:
                 continue
             occurs = total > 0

@@ -202,7 +202,9 @@ VALUES: dict[str, Values] = {
     "moe_expert_dropout": Number("dropout inside an expert", high=1.0, high_open=True),
     "moe_capacity_factor": Number("room per expert, as a multiple of a fair share; 0: no limit"),
     "moe_balance_weight": Number("weight of the load-balancing loss"),
-    "moe_dispatcher": Choice("how tokens reach their experts", ("local", "all_to_all", "tutel")),
+    "moe_dispatcher": Choice(
+        "how tokens reach their experts", ("local", "all_to_all", "tutel", "auto")
+    ),
     "ltdr_tail_top_k": Integer("experts per tail token; 0: all of them"),
     "ltdr_tail_scope": Choice(
         "tokens that set the tail threshold in training", ("batch", "image", "global", "ema")

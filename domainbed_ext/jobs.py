@@ -40,7 +40,7 @@ TASKS = ("domain_generalization", "domain_adaptation")
 
 # How a run is carried out, not which run it is: never in records and job names, as DomainBed has no
 # such flags.
-_NOT_RECORDED = ("device", "num_workers")
+_NOT_RECORDED = ("device", "num_workers", "distributed")
 # Neither where a run is stored nor what else it saves makes it another run.
 _NOT_IDENTITY = (
     *_NOT_RECORDED,
@@ -91,6 +91,7 @@ class TrainArgs:
     save_model_every_checkpoint: bool = False
     device: str = "auto"
     num_workers: int | None = None
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test_envs", tuple(self.test_envs))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from domainbed_ext.datasets.base import EnvSplit, Transform
+from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
 
 Batch = tuple[Tensor, Tensor]
@@ -45,6 +46,7 @@ class TrainBatches:
         pin_memory: Have the decoded batches in page-locked memory.
         device: Where in-memory data are transformed, and come out; augmentation draws from that
             device's generator. Decoded images always come out on the CPU.
+        share: Part of each batch that comes out; the images are those of the whole batch.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TrainBatches:
         weights: Tensor | None = None,
         pin_memory: bool = False,
         device: str | torch.device = "cpu",
+        share: slice = slice(None),
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} is below 1; choose a positive number")
@@ -73,7 +76,7 @@ class TrainBatches:
         self.start_step = start_step
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self._batches = _TrainSteps(split, batch_size, seed, transform, device, weights)
+        self._batches = _TrainSteps(split, batch_size, seed, transform, device, weights, share)
 
     def __iter__(self) -> Iterator[Batch]:
         return _iterate(self._batches, count(self.start_step), self.num_workers, self.pin_memory)
@@ -89,6 +92,9 @@ class EvalBatches:
         num_workers: Processes that decode image files; ignored for in-memory data.
         pin_memory: Have the decoded batches in page-locked memory.
         device: Where in-memory data are transformed, and come out.
+        ranks: Processes that go through the split together: each takes its part of the images, all
+            the same number of batches. Where images do not suffice, a batch is one image with the
+            label -1, which counts nowhere.
     """
 
     def __init__(
@@ -100,13 +106,14 @@ class EvalBatches:
         num_workers: int = 0,
         pin_memory: bool = False,
         device: str | torch.device = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"eval_batch_size={batch_size} is below 1; choose a positive number")
         self.split = split
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self._batches = _EvalSteps(split, batch_size, transform, device)
+        self._batches = _EvalSteps(split, batch_size, transform, device, ranks or Ranks())
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -118,23 +125,24 @@ class EvalBatches:
 class _Steps(Dataset):
     """Item `step` is a whole batch."""
 
-    def __init__(
-        self, split: EnvSplit, transform: Transform, device: str | torch.device
-    ) -> None:
+    def __init__(self, split: EnvSplit, transform: Transform, device: str | torch.device) -> None:
         self.split = split
         self.transform = transform
         self.device = device
 
-    def _load(self, positions: np.ndarray, seed: Sequence[int]) -> Batch:
+    def _load(
+        self, positions: np.ndarray, seed: Sequence[int], share: slice = slice(None)
+    ) -> Batch:
         environment = self.split.environment
         keys = self.split.keys[positions]
-        y = torch.from_numpy(environment.labels[keys])
+        y = torch.from_numpy(environment.labels[keys])[share]
         if environment.in_memory:
             generator = torch.Generator(self.device).manual_seed(_mix(seed))
             images = environment.images(keys).to(self.device)
-            return self.transform(images, generator), y.to(self.device)
+            # all of them, so that a share's images are drawn as those of the whole batch
+            return self.transform(images, generator)[share], y.to(self.device)
         x = []
-        for position, key in enumerate(keys):
+        for position, key in list(enumerate(keys))[share]:
             image = environment.image(int(key))
             with _seeded(_mix([*seed, position])):
                 x.append(self.transform(image))
@@ -150,9 +158,11 @@ class _TrainSteps(_Steps):
         transform: Transform,
         device: str | torch.device,
         weights: Tensor | None,
+        share: slice,
     ) -> None:
         super().__init__(split, transform, device)
         self.batch_size = batch_size
+        self.share = share
         # Domains of equal size must not be shuffled alike.
         self.seed = (seed, zlib.crc32(split.name.encode("utf-8")))
         self.weights = weights
@@ -160,7 +170,7 @@ class _TrainSteps(_Steps):
         self._order = np.empty(0, np.int64)
 
     def __getitem__(self, step: int) -> Batch:
-        return self._load(self._positions(step), [*self.seed, _AUGMENTATION, step])
+        return self._load(self._positions(step), [*self.seed, _AUGMENTATION, step], self.share)
 
     def _positions(self, step: int) -> np.ndarray:
         if self.weights is not None:
@@ -183,9 +193,11 @@ class _EvalSteps(_Steps):
         batch_size: int,
         transform: Transform,
         device: str | torch.device,
+        ranks: Ranks,
     ) -> None:
         super().__init__(split, transform, device)
-        self.batch_size = batch_size
+        self.batch_size = batch_size * ranks.size
+        self.ranks = ranks
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -193,7 +205,11 @@ class _EvalSteps(_Steps):
     def __getitem__(self, step: int) -> Batch:
         start = step * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, len(self.split)))
-        return self._load(positions, [step])
+        mine = positions[self.ranks.share(len(positions))]
+        if len(mine):
+            return self._load(mine, [step])
+        x, y = self._load(positions[:1], [step])
+        return x, torch.full_like(y, -1)
 
 
 def _mix(words: Sequence[int]) -> int:

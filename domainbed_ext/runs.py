@@ -16,9 +16,11 @@ import torch
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.datasets import get_dataset_class
 from domainbed_ext.datasets.base import EnvSplit
+from domainbed_ext.distributed import Ranks, current_ranks, first_rank_first
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.provenance import provenance
+from domainbed_ext.seeds import seed_hash
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Run:
         device: "cpu" or "cuda".
         num_workers: Decoding processes per loader.
         provenance: Goes into every record.
+        ranks: The processes that carry it out together.
     """
 
     args: TrainArgs
@@ -47,6 +50,7 @@ class Run:
     device: str
     num_workers: int
     provenance: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def folder(self) -> Path:
@@ -81,13 +85,16 @@ def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
         hparams["schedule_steps"] = num_steps
     device = choose_device(args.device)
     seed_everything(args.seed)
-    dataset = dataset_class(args.data_dir, list(args.test_envs), hparams)
+    dataset = first_rank_first(lambda: dataset_class(args.data_dir, list(args.test_envs), hparams))
     splits = evaluation_splits(dataset, args)
     algorithm_class = get_algorithm_class(args.algorithm)
     num_domains = len(dataset) - len(args.test_envs)
-    algorithm = algorithm_class(dataset.input_shape, dataset.num_classes, num_domains, hparams).to(
-        device
-    )
+    algorithm = first_rank_first(
+        lambda: algorithm_class(dataset.input_shape, dataset.num_classes, num_domains, hparams)
+    ).to(device)
+    ranks = current_ranks()
+    if ranks.size > 1:
+        _distribute(algorithm, args, hparams, ranks)
     return Run(
         args=args,
         hparams=hparams,
@@ -99,7 +106,26 @@ def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
         device=device,
         num_workers=dataset_class.N_WORKERS if args.num_workers is None else args.num_workers,
         provenance=provenance(dataset=dataset, algorithm=algorithm, hparams=hparams, device=device),
+        ranks=ranks,
     )
+
+
+def _distribute(algorithm: Any, args: TrainArgs, hparams: Mapping[str, Any], ranks: Ranks) -> None:
+    if not hasattr(algorithm, "distribute_"):
+        raise UsageError(
+            f"--distributed cannot train {args.algorithm}; it can train the algorithms that are a "
+            "ViT, ERM_ViT among them"
+        )
+    if hparams["batch_size"] < ranks.size:
+        raise UsageError(
+            f"batch_size={hparams['batch_size']} images per domain cannot be shared by "
+            f"{ranks.size} ranks; pass --hparams '{{\"batch_size\": {ranks.size}}}' or more, or "
+            "start fewer ranks"
+        )
+    algorithm.distribute_()
+    if not ranks.is_first:
+        # made equal under one seed; from here on each rank draws its own noise and dropout
+        torch.manual_seed(seed_hash("rank", ranks.rank, args.seed))
 
 
 def evaluation_splits(dataset: Any, args: TrainArgs) -> dict[str, EnvSplit]:

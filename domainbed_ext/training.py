@@ -30,6 +30,7 @@ from domainbed_ext.checkpoint import (
 )
 from domainbed_ext.datasets.base import EnvSplit, balanced_weights
 from domainbed_ext.display import ReportProgress, RunState, format_row
+from domainbed_ext.distributed import first_message, mean_over_ranks, on_first_rank
 from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate
 from domainbed_ext.jobs import DivergedError, check_same_run, mark_done, run_identity
@@ -54,16 +55,29 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
         progress(RunState(run.num_steps, run.num_steps, phase="saving"))
     if not run.args.skip_model_save:
         save_algorithm(run.folder, run.algorithm, run.info)
-    mark_done(run.folder)
-    (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    if run.ranks.is_first:
+        mark_done(run.folder)
+        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return records
 
 
 def _resume(run: Run) -> tuple[int, list[Record]]:
     """Puts the last checkpoint's state back. Returns the next step and the records so far."""
+    checkpoint = load_checkpoint(run.folder / CHECKPOINT_FILE)
+    records = on_first_rank(lambda: _records_so_far(run, checkpoint))
+    if checkpoint is None:
+        return 0, records
+    load_training_state(run.algorithm, checkpoint.training_state)
+    state = checkpoint.rng_state_of(run.ranks.rank)
+    if state is not None:
+        load_rng_state(state)
+    return checkpoint.step + 1, records
+
+
+def _records_so_far(run: Run, checkpoint: Checkpoint | None) -> list[Record]:
+    """The records up to the checkpoint, after a check that both are of this run."""
     path = run.folder / RECORDS_FILE
     records = read_records(path) if path.exists() else []
-    checkpoint = load_checkpoint(run.folder / CHECKPOINT_FILE)
     wanted = {
         **run_identity(run.args.record_args(), run.hparams),
         "data": run.provenance["data_fingerprint"],
@@ -82,12 +96,10 @@ def _resume(run: Run) -> tuple[int, list[Record]]:
     if path.exists():
         write_records(path, kept)
     if checkpoint is not None:
-        load_training_state(run.algorithm, checkpoint.training_state)
-        load_rng_state(checkpoint.rng_state)
         print(f"Going on after step {checkpoint.step}, from {run.folder / CHECKPOINT_FILE}")
     elif records:
         print(f"No checkpoint in {run.folder}: starting again from the first step")
-    return last + 1, kept
+    return kept
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -111,6 +123,7 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
             num_workers=run.num_workers,
             pin_memory=run.device == "cuda",
             device=run.device,
+            ranks=run.ranks,
         )
         for name, split in run.splits.items()
     }
@@ -130,6 +143,9 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
             None if uda_batches is None else [x.to(run.device) for x, _ in next(uda_batches)]
         )
         values = run.algorithm.update(minibatches, unlabeled)
+        if run.ranks.size > 1:
+            num_images = sum(len(y) for _, y in minibatches)
+            values = mean_over_ranks(values, num_images, device=run.device)
         since_record["step_time"].append(time.time() - began)
         _check_finite(values, step, last_finite)
         last_finite = values
@@ -151,6 +167,7 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
                     evaluators,
                     device=run.device,
                     num_classes=run.dataset.num_classes,
+                    ranks=run.ranks,
                 )
             )
             results["mem_gb"] = (
@@ -163,7 +180,8 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
                 "args": run.args.record_args(),
                 "provenance": run.provenance,
             }
-            append_record(run.folder / RECORDS_FILE, record)
+            if run.ranks.is_first:
+                append_record(run.folder / RECORDS_FILE, record)
             save_checkpoint(
                 run.folder / CHECKPOINT_FILE, step=step, algorithm=run.algorithm, info=run.info
             )
@@ -203,6 +221,7 @@ def _train_batches(run: Run, split: EnvSplit, start: int) -> TrainBatches:
         pin_memory=run.device == "cuda",
         device=run.device,
         start_step=start,
+        share=run.ranks.share(run.hparams["batch_size"]),
         weights=balanced_weights(split) if run.hparams.get("class_balanced") else None,
     )
 
@@ -225,12 +244,13 @@ def _check_finite(values: Mapping[str, float], step: int, last_finite: Mapping[s
 def _check_parameters(
     algorithm: torch.nn.Module, step: int, last_finite: Mapping[str, float]
 ) -> None:
-    for name, parameter in algorithm.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise DivergedError(
-                f"parameter {name} is not finite after step {step}; {_last_finite(last_finite)}",
-                step,
-            )
+    bad = (name for name, value in algorithm.named_parameters() if not torch.isfinite(value).all())
+    # a rank may have experts that no other has
+    name = first_message(next(bad, None))
+    if name is not None:
+        raise DivergedError(
+            f"parameter {name} is not finite after step {step}; {_last_finite(last_finite)}", step
+        )
 
 
 def _last_finite(values: Mapping[str, float]) -> str:

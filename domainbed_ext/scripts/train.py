@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
 from domainbed_ext.display import ReportProgress, run_progress, tee_output
+from domainbed_ext.distributed import (
+    OtherRankError,
+    asked_rank,
+    current_ranks,
+    errors_only,
+    joined_ranks,
+    on_first_rank,
+)
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams, parse_hparams, random_hparams
 from domainbed_ext.jobs import (
@@ -26,6 +35,7 @@ from domainbed_ext.jobs import (
     job_lock,
     make_folder,
     mark_failed,
+    read_failure,
     run_identity,
 )
 from domainbed_ext.seeds import seed_hash
@@ -53,6 +63,10 @@ examples:
 
   your own images, as domain/class/image.png:
     ltdr train --algorithm LTDR --dataset folder:/path/to/images --test_envs 0
+
+  one run on four GPUs of this machine (ViT algorithms; moe_dispatcher shares the experts too):
+    torchrun --standalone --nproc_per_node 4 -m domainbed_ext.scripts.train --distributed
+    --algorithm LTDR --dataset PACS --data_dir data --hparams '{"moe_dispatcher": "auto"}'
 
   all domains trained, none held out (the ceiling of EmojiDG's table):
     ltdr train --algorithm LTDR --dataset EmojiDG --data_dir data --test_envs
@@ -138,6 +152,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         type=int,
         help="processes per loader that decode image files (default: the data set's)",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that train together; torchrun starts them",
+    )
     return parser
 
 
@@ -165,26 +184,44 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
     hparams = check_args(args)
     folder = Path(args.output_dir)
     make_folder(folder)
-    with job_lock(folder):
+    ranks = current_ranks()
+
+    def begin() -> list[Record] | None:
+        """Takes the job. Returns the records of one that is finished."""
+        lock.enter_context(job_lock(folder))
         if (folder / DONE_FILE).exists():
-            records = (
-                read_records(folder / RECORDS_FILE) if (folder / RECORDS_FILE).exists() else []
-            )
+            path = folder / RECORDS_FILE
+            records = read_records(path) if path.exists() else []
             _check_finished(folder, args, hparams, records)
             print(f"{folder} holds this very run, finished: nothing to do")
             return records
         (folder / FAILED_FILE).unlink(missing_ok=True)
+        return None
+
+    with contextlib.ExitStack() as lock:
+        finished = on_first_rank(begin)
+        if finished is not None:
+            return finished
         try:
             from domainbed_ext.runs import prepare_run
             from domainbed_ext.training import execute
 
             return execute(prepare_run(args, hparams), progress=progress)
         except DivergedError as error:
-            mark_failed(folder, reason="diverged", message=str(error), step=error.step)
+            if ranks.is_first:  # all ranks know
+                mark_failed(folder, reason="diverged", message=str(error), step=error.step)
+            raise
+        except OtherRankError:
             raise
         except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            if ranks.size > 1:
+                first = read_failure(folder)
+                if first is not None:  # this rank only lost its connection to the one that failed
+                    raise OtherRankError(str(first["message"])) from error
+                message = f"rank {ranks.rank}: {message}"
             with contextlib.suppress(OSError):  # of a full disk, say, which is what failed then
-                mark_failed(folder, reason="error", message=f"{type(error).__name__}: {error}")
+                mark_failed(folder, reason="error", message=message)
             raise
 
 
@@ -252,6 +289,11 @@ def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
     """`train` as a command: prints errors as people want them, and returns the exit status."""
     try:
         train(args, progress=progress)
+    except OtherRankError as error:
+        # the rank that failed has printed it; the last line of err.txt should say it too
+        if current_ranks().is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except JobBusyError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BUSY
@@ -259,7 +301,8 @@ def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except DivergedError as error:
-        print(f"error: diverged: {error}", file=sys.stderr)
+        if current_ranks().is_first:
+            print(f"error: diverged: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -276,11 +319,32 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     try:
         # Before the folder is made: a typing error should leave nothing behind.
         check_args(args)
+        if args.distributed:
+            return _main_of_rank(args)
         with run_progress(job_label(args)) as progress, tee_output(Path(args.output_dir)):
             return run_job(args, progress=progress)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not args.distributed or asked_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _main_of_rank(args: TrainArgs) -> int:
+    """`main` of one process of several."""
+    folder = Path(args.output_dir)
+    with joined_ranks(args.device) as ranks:
+        if ranks.is_first:
+            with run_progress(job_label(args)) as progress, tee_output(folder):
+                status = run_job(args, progress=progress)
+        else:
+            with errors_only(folder):
+                status = run_job(args)
+        if status != EXIT_OK:
+            # at once: leaving in order would wait for ranks that wait for this one
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
