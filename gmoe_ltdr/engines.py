@@ -53,5 +53,7 @@ def use_expert_backend(model: Model, name: str) -> Model:
         if layer.shared_experts is not None and name != "dense":
             layer.shared_experts.backend = name
         if isinstance(layer.dispatcher, (LocalDispatcher, DenseDispatcher)):
-            layer.dispatcher = DenseDispatcher() if name == "dense" else LocalDispatcher()
+            layer.dispatcher = (
+                DenseDispatcher() if name == "dense" else LocalDispatcher(triton=name == "triton")
+            )
     return model

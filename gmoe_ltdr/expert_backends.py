@@ -5,7 +5,8 @@ blocked   the same, in one autograd function that keeps its temporaries small. F
 grouped   one `grouped_mm` per linear layer. bfloat16 on a GPU; never waits for the device.
 dense     one batched product; needs the same number of rows for every expert, which
           `DenseDispatcher` gives it (`use_expert_backend` sets both). For export and compilers.
-triton    kernels of our own: linear layer, bias, activation and dropout in one pass.
+triton    kernels of our own: linear layer, bias, activation and dropout in one pass; never waits
+          for the device either. Has to be asked for.
 
 A back end takes `(experts, tokens_ND, tokens_per_expert_E)` and returns rows (N, D); what it makes
 of rows behind the last expert's is undefined.
@@ -57,14 +58,11 @@ def compute_experts(
 
 
 def choose_backend(experts: StackedExperts, tokens_ND: Tensor) -> str:
-    """What "auto" stands for, from measurements (docs/engines.md)."""
-    if torch.compiler.is_compiling():
+    """What "auto" stands for: by device, type and sizes. docs/engines.md has the measurements."""
+    if tokens_ND.is_cuda or torch.compiler.is_compiling():
         return "grouped" if grouped_fits(experts, tokens_ND) else "loop"
-    if not tokens_ND.is_cuda:
-        return "loop" if any(True for _ in experts.act.parameters()) else "blocked"
-    if triton_fits(experts, tokens_ND):
-        return "triton"
-    return "grouped" if grouped_fits(experts, tokens_ND) else "loop"
+    has_parameters = any(True for _ in experts.act.parameters())
+    return "loop" if has_parameters else "blocked"
 
 
 def grouped_fits(experts: StackedExperts, tokens_ND: Tensor) -> bool:
@@ -188,8 +186,9 @@ class _AddGroupedBias(torch.autograd.Function):
     def backward(ctx, grad_NO: Tensor):
         (ends_E,) = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
-        ones_8N = grad_NO.new_ones(8, grad_NO.shape[0])  # 8: at least 16 bytes
-        return grad_NO, F.grouped_mm(ones_8N, grad_NO, offs=ends_E)[:, 0], None
+        # eight columns of ones, 16 bytes, so that an expert's first row is always aligned
+        ones_N8 = grad_NO.new_ones(grad_NO.shape[0], 8)
+        return grad_NO, F.grouped_mm(ones_N8.t(), grad_NO, offs=ends_E)[:, 0], None
 
 
 def triton(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:

@@ -43,14 +43,22 @@ class _Ticket:
 
 
 class LocalDispatcher:
-    """Copies each token once per expert, and adds the weighted results."""
+    """Copies each token once per expert, and adds the weighted results.
+
+    Args:
+        triton: Carry rows with our Triton kernels, where there are any; part of the "triton" expert
+            back end.
+    """
+
+    def __init__(self, *, triton: bool = False):
+        self.triton = triton
 
     def dispatch(self, tokens_TD: Tensor, routing: Routing) -> Dispatched:
         device = tokens_TD.device.type
         if torch.is_autocast_enabled(device):  # the experts would convert every copy
             tokens_TD = tokens_TD.to(torch.get_autocast_dtype(device))
-        if tokens_TD.is_cuda or torch.compiler.is_compiling():
-            return dispatch_static(tokens_TD, routing)
+        if tokens_TD.is_cuda or self.triton or torch.compiler.is_compiling():
+            return dispatch_static(tokens_TD, routing, triton=self.triton)
 
         mask_TE = routing.dispatch_mask_TE
         tokens_per_expert_E = mask_TE.sum(0)

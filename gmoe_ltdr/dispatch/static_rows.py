@@ -27,16 +27,24 @@ class StaticTicket:
         source_N: t * E + e of each row; 0 for rows nobody uses.
         num_rows: int64 scalar tensor, how many rows are used.
         weights_TE: Combine weights, zero where `rows_TE` is -1.
+        triton: Whether Triton kernels carry the rows.
     """
 
     rows_TE: Tensor
     source_N: Tensor
     num_rows: Tensor
     weights_TE: Tensor
+    triton: bool = False
 
 
-def dispatch_static(tokens_TD: Tensor, routing: Routing) -> Dispatched:
-    """Copy each token once per expert, into a buffer of fixed size."""
+def dispatch_static(tokens_TD: Tensor, routing: Routing, *, triton: bool = False) -> Dispatched:
+    """Copy each token once per expert, into a buffer of fixed size.
+
+    Args:
+        tokens_TD: The layer's tokens.
+        routing: Who goes where.
+        triton: Carry rows with our Triton kernels instead of plain expressions.
+    """
     mask_TE = routing.dispatch_mask_TE
     num_tokens, num_experts = mask_TE.shape
     most = routing.max_experts_per_token or num_experts
@@ -58,24 +66,28 @@ def dispatch_static(tokens_TD: Tensor, routing: Routing) -> Dispatched:
         source_N=source_N,
         num_rows=tokens_per_expert_E.sum(),
         weights_TE=torch.where(mask_TE, routing.combine_weights_TE, 0.0),
+        triton=triton,
     )
-    tokens_ND = _CopyToRows.apply(tokens_TD, ticket.rows_TE, ticket.source_N, ticket.num_rows)
+    tokens_ND = _CopyToRows.apply(
+        tokens_TD, ticket.rows_TE, ticket.source_N, ticket.num_rows, triton
+    )
     return Dispatched(tokens_ND, tokens_per_expert_E, ticket)
 
 
 def combine_static(expert_out_ND: Tensor, ticket: StaticTicket) -> Tensor:
     """Weighted sum of each token's rows, added up in at least float32. (T, D)."""
     return _WeightedSum.apply(
-        expert_out_ND, ticket.weights_TE, ticket.rows_TE, ticket.source_N, ticket.num_rows
+        expert_out_ND,
+        ticket.weights_TE,
+        ticket.rows_TE,
+        ticket.source_N,
+        ticket.num_rows,
+        ticket.triton,
     )
 
 
 def sum_rows(rows_ND: Tensor, rows_TE: Tensor, weights_TE: Tensor | None) -> Tensor:
     """Each token's (weighted) sum of its rows, in the rows' type."""
-    if _use_triton(rows_ND):
-        from gmoe_ltdr.triton_rows import sum_rows_triton
-
-        return sum_rows_triton(rows_ND, rows_TE, weights_TE)
     sum_dtype = torch.promote_types(rows_ND.dtype, torch.float32)
     if not rows_ND.shape[0]:
         return rows_ND.new_zeros(rows_TE.shape[0], rows_ND.shape[1])
@@ -87,23 +99,15 @@ def sum_rows(rows_ND: Tensor, rows_TE: Tensor, weights_TE: Tensor | None) -> Ten
     return rows_TED.sum(1).to(rows_ND.dtype)
 
 
-def copy_rows(tokens_TD: Tensor, source_N: Tensor, num_rows: Tensor, num_experts: int) -> Tensor:
+def copy_rows(tokens_TD: Tensor, source_N: Tensor, num_experts: int) -> Tensor:
     """Row n is a copy of the token it came from."""
-    if _use_triton(tokens_TD):
-        from gmoe_ltdr.triton_rows import copy_rows_triton
-
-        return copy_rows_triton(tokens_TD, source_N, num_rows, num_experts)
     return tokens_TD[source_N // num_experts]
 
 
 def spread_gradient(
-    grad_TD: Tensor, rows_ND: Tensor, weights_TE: Tensor, rows_TE: Tensor, source_N, num_rows
+    grad_TD: Tensor, rows_ND: Tensor, weights_TE: Tensor, rows_TE: Tensor, source_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a weighted sum: of the rows, and of the weights."""
-    if _use_triton(rows_ND):
-        from gmoe_ltdr.triton_rows import spread_gradient_triton
-
-        return spread_gradient_triton(grad_TD, rows_ND, weights_TE, source_N, num_rows)
     if not rows_ND.shape[0]:
         return torch.zeros_like(rows_ND), torch.zeros_like(weights_TE)
     sum_dtype = torch.promote_types(rows_ND.dtype, torch.float32)
@@ -116,32 +120,45 @@ def spread_gradient(
 
 class _CopyToRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens_TD, rows_TE, source_N, num_rows):
+    def forward(ctx, tokens_TD, rows_TE, source_N, num_rows, triton):
         ctx.save_for_backward(rows_TE)
-        return copy_rows(tokens_TD, source_N, num_rows, rows_TE.shape[1])
+        ctx.triton = triton
+        if triton:
+            from gmoe_ltdr.triton_rows import copy_rows_triton
+
+            return copy_rows_triton(tokens_TD, source_N, num_rows, rows_TE.shape[1])
+        return copy_rows(tokens_TD, source_N, rows_TE.shape[1])
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor):
         (rows_TE,) = ctx.saved_tensors
-        return sum_rows(grad_ND.contiguous(), rows_TE, None), None, None, None
+        grad_TD = _sum(ctx.triton, grad_ND.contiguous(), rows_TE, None)
+        return grad_TD, None, None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, weights_TE, rows_TE, source_N, num_rows):
+    def forward(ctx, rows_ND, weights_TE, rows_TE, source_N, num_rows, triton):
         ctx.save_for_backward(rows_ND, weights_TE, rows_TE, source_N, num_rows)
-        return sum_rows(rows_ND, rows_TE, weights_TE)
+        ctx.triton = triton
+        return _sum(triton, rows_ND, rows_TE, weights_TE)
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
-        grads = spread_gradient(grad_TD.contiguous(), *ctx.saved_tensors)
-        return *grads, None, None, None
+        rows_ND, weights_TE, rows_TE, source_N, num_rows = ctx.saved_tensors
+        grad_TD = grad_TD.contiguous()
+        if ctx.triton:
+            from gmoe_ltdr.triton_rows import spread_gradient_triton
+
+            grads = spread_gradient_triton(grad_TD, rows_ND, weights_TE, source_N, num_rows)
+        else:
+            grads = spread_gradient(grad_TD, rows_ND, weights_TE, rows_TE, source_N)
+        return *grads, None, None, None, None
 
 
-def _use_triton(tensor: Tensor) -> bool:
-    """Eager code on a GPU: a compiler fuses the plain expressions itself."""
-    if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.dtype == torch.float64:
-        return False
-    from gmoe_ltdr.kernels import triton_available
+def _sum(triton: bool, rows_ND: Tensor, rows_TE: Tensor, weights_TE: Tensor | None) -> Tensor:
+    if triton:
+        from gmoe_ltdr.triton_rows import sum_rows_triton
 
-    return triton_available()
+        return sum_rows_triton(rows_ND, rows_TE, weights_TE)
+    return sum_rows(rows_ND, rows_TE, weights_TE)
