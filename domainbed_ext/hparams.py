@@ -61,8 +61,8 @@ _FROM_SCRATCH: dict[str, Any] = {
 _DIGITS = {
     **_FROM_SCRATCH,
     "backbone": "vit_dim64_patch4_16",
-    "batch_size": 53,
-    "augmentation": "none",
+    "batch_size": 32,
+    "augmentation": "domainbed",
 }
 _MNIST = {
     **_FROM_SCRATCH,

@@ -89,7 +89,7 @@ def text_tables(report: Report) -> list[TextTable]:
             kept_apart = emojidg[emojidg["dataset"] == dataset]
             what = "test accuracy in %" if kept_apart.empty else "accuracy on unseen concepts in %"
             tables.append(_pivot(own, "environment", f"{dataset}: {what}, selected by {method}"))
-            if not kept_apart.empty:
+            if kept_apart.loc[kept_apart["metric"] == "unseen", "mean"].notna().any():
                 tables.append(
                     _emojidg_table(kept_apart, f"{dataset}: seen and unseen, selected by {method}")
                 )

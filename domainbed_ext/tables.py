@@ -318,7 +318,7 @@ def _row(
         environment,
         metric,
         cell.mean,
-        cell.stderr,
+        cell.stderr if cell.trials > 1 else None,  # one trial has no spread
         cell.trials,
         cell.reason,
     )
