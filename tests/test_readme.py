@@ -1,0 +1,52 @@
+"""What the README shows, runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from domainbed_ext.algorithms import ALGORITHMS
+from domainbed_ext.cli import COMMANDS
+from domainbed_ext.scripts import collect_results, download, sweep
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+PARSERS = {"sweep": sweep, "collect": collect_results, "download": download}
+
+
+def commands() -> list[list[str]]:
+    """The shell lines, continuation lines joined, comments removed."""
+    lines = SHELL.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_commands_parse():
+    ours = [words for words in commands() if words[0] == "ltdr" and len(words) > 2]
+    assert {words[1] for words in ours} >= {"download", "sweep", "collect"}
+    for words in ours:
+        assert words[1] in COMMANDS
+        PARSERS[words[1]].build_parser().parse_args(words[2:])
+    upstream = [words for words in commands() if words[:2] == ["python", "-m"]]
+    names = {"domainbed.scripts.sweep": sweep, "domainbed.scripts.collect_results": collect_results}
+    assert {words[2] for words in upstream} == set(names)
+    for words in upstream:
+        names[words[2]].build_parser().parse_args(words[3:])
+
+
+def test_algorithms_are_listed():
+    for name in ALGORITHMS:
+        assert f"| `{name}` |" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
