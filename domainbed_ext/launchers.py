@@ -2,8 +2,9 @@
 
 A launcher is a function of a list of argument lists (never shell strings), registered by name in
 `REGISTRY`; another package adds its own with `REGISTRY["mine"] = my_launcher`. Each command is
-`[python, "-m", "domainbed_ext.scripts.train", *flags]`. What became of a job is told by its folder,
-not by the launcher.
+`[python, "-m", "domainbed_ext.scripts.train", *flags]`, or the same under torchrun for a job that
+takes several GPUs (`domainbed_ext.torchrun`). What became of a job is told by its folder, not by
+the launcher.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ class Launcher(Protocol):
 def local_launcher(commands: Sequence[Sequence[str]], *, num_workers: int | None = None) -> None:
     """Runs jobs on this machine in warm worker processes, each of which imports torch once."""
     from domainbed_ext.scripts.train import parse_args
+    from domainbed_ext.torchrun import ranks_of, run_commands, train_flags
     from domainbed_ext.workers import run_jobs
 
-    jobs = [parse_args(command[3:]) for command in commands]
+    jobs = [parse_args(train_flags(command, TRAIN_MODULE)) for command in commands]
     devices = cuda_devices() if any(job.device != "cpu" for job in jobs) else []
+    if commands and ranks_of(commands[0]) > 1:
+        run_commands(
+            commands, jobs, num_at_once=num_workers, num_cores=num_cores(), devices=devices
+        )
+        return
     if num_workers is None:
         num_workers = default_workers([job.dataset for job in jobs], num_devices=len(devices))
     num_workers = max(1, min(num_workers, len(jobs)))

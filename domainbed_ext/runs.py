@@ -93,8 +93,10 @@ def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
         lambda: algorithm_class(dataset.input_shape, dataset.num_classes, num_domains, hparams)
     ).to(device)
     ranks = current_ranks()
+    origin = provenance(dataset=dataset, algorithm=algorithm, hparams=hparams, device=device)
     if ranks.size > 1:
         _distribute(algorithm, args, hparams, ranks)
+        origin["ranks"] = ranks.size
     return Run(
         args=args,
         hparams=hparams,
@@ -105,7 +107,7 @@ def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
         checkpoint_freq=args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ,
         device=device,
         num_workers=dataset_class.N_WORKERS if args.num_workers is None else args.num_workers,
-        provenance=provenance(dataset=dataset, algorithm=algorithm, hparams=hparams, device=device),
+        provenance=origin,
         ranks=ranks,
     )
 

@@ -31,6 +31,7 @@ from domainbed_ext.scripts.train import (
     EXIT_USAGE,
     check_args,
 )
+from domainbed_ext.torchrun import check_algorithms, distributed_command
 
 ALGORITHMS = ("ERM", *VIT_ALGORITHMS)
 # A diverged job would diverge again, step for step; the others are worth another try.
@@ -54,6 +55,10 @@ examples:
 
   the full protocol on PACS (20 draws, 3 trials, pairs of test domains too: 600 jobs per algorithm):
     ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs
+
+  each job on two GPUs at once, experts shared between them:
+    ltdr sweep --algorithms LTDR --datasets DomainNet --data_dir data --gpus_per_job 2 \\
+        --hparams '{"moe_dispatcher": "auto"}'
 
   see the commands instead of running them:
     ltdr sweep --algorithms LTDR --datasets RotatedDigits --command_launcher dummy
@@ -135,6 +140,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="how many at once (default: the launcher decides)"
     )
+    parser.add_argument(
+        "--gpus_per_job",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs that train one job together, through torchrun; N processes with --device cpu "
+        "(default: 1)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--num_workers", type=int, help="processes per loader that decode image files"
@@ -165,6 +178,9 @@ def sweep(args: argparse.Namespace) -> int:
         )
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs} is too small; choose 1 or more")
+    if args.gpus_per_job < 1:
+        raise UsageError(f"--gpus_per_job {args.gpus_per_job} is too small; choose 1 or more")
+    check_algorithms(args.algorithms, ranks=args.gpus_per_job, trainable=VIT_ALGORITHMS)
     found = find_datasets(args.data_dir)
     choose_all = not args.datasets
     args.datasets = args.datasets or [
@@ -237,6 +253,8 @@ def _launch(jobs: Sequence[Job], states: dict[Path, JobState], args: argparse.Na
         commands = [
             [sys.executable, "-m", TRAIN_MODULE, *job.args.command_line()] for job in to_launch
         ]
+        if args.gpus_per_job > 1:
+            commands = [distributed_command(command, args.gpus_per_job) for command in commands]
         REGISTRY[args.command_launcher](commands, num_workers=args.jobs)
     else:
         print("Nothing to launch.")
