@@ -188,7 +188,7 @@ class _AddGroupedBias(torch.autograd.Function):
         grad_NO = grad_NO.contiguous()
         # eight columns of ones, 16 bytes, so that an expert's first row is always aligned
         ones_N8 = grad_NO.new_ones(grad_NO.shape[0], 8)
-        return grad_NO, F.grouped_mm(ones_N8.t(), grad_NO, offs=ends_E)[:, 0], None
+        return grad_NO, F.grouped_mm(grad_NO.t(), ones_N8, offs=ends_E)[:, :, 0], None
 
 
 def triton(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
