@@ -198,6 +198,8 @@ def load_algorithm(
     info = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
     # The weights come from the file, so nothing needs to be downloaded first.
     hparams = {**info["model_hparams"], "pretrained": False}
+    if "moe_dispatcher" in hparams:  # one process, which need not have Tutel
+        hparams["moe_dispatcher"] = "local"
     algorithm = get_algorithm_class(info["args"]["algorithm"])(
         tuple(info["model_input_shape"]),
         info["model_num_classes"],

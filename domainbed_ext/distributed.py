@@ -45,6 +45,30 @@ class OtherRankError(RuntimeError):
     """Another rank failed, and has said why."""
 
 
+class LostRankError(OtherRankError):
+    """Another rank is gone without having said why."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(
+            f"rank {rank} lost its connection to another rank, which died (killed, or out of "
+            "memory?); the same command goes on from the last checkpoint"
+        )
+
+
+# What gloo and NCCL say when the process at the other end is gone.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an error of a collective call means that another rank is gone."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+
+
 def asked_rank() -> int:
     """The rank that torchrun gives this process, before it has joined the others."""
     return int(os.environ.get("RANK", "0"))

@@ -33,6 +33,7 @@ def run_ranks(
     *args: Any,
     limit_s: float = LIMIT_S,
     backend: str = "gloo",
+    outlast_deaths: bool = False,
 ) -> list:
     """Call `function(*args)` on every rank of a process group.
 
@@ -42,6 +43,7 @@ def run_ranks(
         *args: Picklable.
         limit_s: All ranks are stopped after so many seconds.
         backend: "nccl" on a machine with a GPU for each rank.
+        outlast_deaths: Let the others finish before a death is raised.
 
     Returns:
         What the ranks returned, by rank.
@@ -69,7 +71,7 @@ def run_ranks(
             pipes.append(receiver)
             ranks.append(process)
         try:
-            return _collect(pipes, ranks, limit_s)
+            return _collect(pipes, ranks, limit_s, outlast_deaths)
         finally:
             for process in ranks:
                 if process.is_alive():
@@ -77,9 +79,10 @@ def run_ranks(
                 process.join()
 
 
-def _collect(pipes: list[Connection], ranks: list, limit_s: float) -> list:
+def _collect(pipes: list[Connection], ranks: list, limit_s: float, outlast_deaths: bool) -> list:
     deadline = time.monotonic() + limit_s
     results: dict[int, Any] = {}
+    deaths = []
     while len(results) < len(pipes):
         missing = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(missing, timeout=max(deadline - time.monotonic(), 0))
@@ -92,10 +95,15 @@ def _collect(pipes: list[Connection], ranks: list, limit_s: float) -> list:
                 failed, content = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ranks[rank].join()
-                raise RankError(f"rank {rank} died with code {ranks[rank].exitcode}") from None
+                deaths.append(f"rank {rank} died with code {ranks[rank].exitcode}")
+                if not outlast_deaths:
+                    raise RankError(deaths[0]) from None
+                failed, content = False, None
             if failed:
                 raise RankError(f"rank {rank} of {len(pipes)}:\n{content}")
             results[rank] = content
+    if deaths:
+        raise RankError("; ".join(deaths))
     return [results[rank] for rank in range(len(pipes))]
 
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
 from domainbed_ext.display import ReportProgress, run_progress, tee_output
 from domainbed_ext.distributed import (
+    LostRankError,
     OtherRankError,
     asked_rank,
     current_ranks,
     errors_only,
+    is_lost_connection,
     joined_ranks,
     on_first_rank,
 )
@@ -219,6 +221,10 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
                 first = read_failure(folder)
                 if first is not None:  # this rank only lost its connection to the one that failed
                     raise OtherRankError(str(first["message"])) from error
+                if is_lost_connection(error):
+                    lost = LostRankError(ranks.rank)
+                    mark_failed(folder, reason="died", message=str(lost))
+                    raise lost from error
                 message = f"rank {ranks.rank}: {message}"
             with contextlib.suppress(OSError):  # of a full disk, say, which is what failed then
                 mark_failed(folder, reason="error", message=message)
@@ -291,7 +297,7 @@ def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
         train(args, progress=progress)
     except OtherRankError as error:
         # the rank that failed has printed it; the last line of err.txt should say it too
-        if current_ranks().is_first:
+        if current_ranks().is_first or isinstance(error, LostRankError):
             print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except JobBusyError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from domainbed_ext import launchers
 from domainbed_ext.algorithms import ERM_ViT
 from domainbed_ext.checkpoint import load_algorithm, load_checkpoint
 from domainbed_ext.distributed import (
+    LostRankError,
     OtherRankError,
     Ranks,
     current_ranks,
@@ -29,7 +32,7 @@ from domainbed_ext.runs import prepare_run
 from domainbed_ext.scripts.sweep import main as sweep
 from domainbed_ext.scripts.train import check_args, main, train
 from domainbed_ext.torchrun import distributed_command, ranks_of
-from tests.distributed import run_ranks
+from tests.distributed import RankError, run_ranks
 
 # Nothing drawn at random, so that one process computes the same. Seven images per domain are not
 # shared evenly, and five experts neither.
@@ -154,6 +157,30 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_records(tmp_path):
         assert [record["step"] for record in records] == [0, 2, 4]
         assert without_times(records)[:2] == expected[:2]
         assert np.isfinite(records[-1]["loss"])
+
+
+def die_at_step_3(args: TrainArgs) -> None:
+    """Rank 1 is killed; rank 0 leaves the reason and what to do."""
+    plain_update, steps = ERM_ViT.update, []
+
+    def update(self, minibatches, unlabeled=None):
+        steps.append(None)
+        if len(steps) == 4 and current_ranks().rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain_update(self, minibatches, unlabeled)
+
+    ERM_ViT.update = update
+    with pytest.raises(LostRankError):
+        train(args)
+
+
+def test_a_rank_that_is_killed_is_missed(tmp_path):
+    with pytest.raises(RankError, match="rank 1 died with code -9"):
+        run_ranks(die_at_step_3, 2, arguments(tmp_path), outlast_deaths=True)
+    failure = read_failure(tmp_path)
+    assert failure["reason"] == "died"
+    assert "rank 0 lost its connection to another rank" in failure["message"]
+    assert len(read_records(tmp_path / "results.jsonl")) == 2
 
 
 def check_agreement() -> None:
