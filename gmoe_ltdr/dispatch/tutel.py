@@ -28,10 +28,10 @@ from torch import Tensor
 from gmoe_ltdr.dispatch.base import Dispatched
 from gmoe_ltdr.routing import Routing
 
-_INSTALL = """Tutel is not installed (or was built for another torch). It takes two steps:
-  git clone https://github.com/microsoft/tutel
-  pip install --no-build-isolation --no-deps ./tutel      # NO_CUDA=1 in front for CPU only
-dispatcher='all_to_all' does the same on plain torch.distributed"""
+_INSTALL = """Tutel is not installed, or was built for another torch. It takes two steps:
+  pip install setuptools wheel ninja
+  pip install --no-build-isolation --no-deps git+https://github.com/microsoft/tutel@main
+(without CUDA: NO_CUDA=1 in front of the second.) dispatcher='all_to_all' needs no Tutel"""
 
 
 @dataclass(frozen=True)
