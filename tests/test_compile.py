@@ -39,7 +39,10 @@ def make_layer(name, device="cpu", **options):
     return MoE(16, 32, preset(name, **options)).to(device)
 
 
-@pytest.mark.parametrize("name", ["ltdr", "gmoe", "ltdr_v2_literal"])
+@pytest.mark.parametrize(
+    "name",
+    ["ltdr", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gmoe", "ltdr_v2_literal"))],
+)
 def test_dense_layer_is_one_graph(name):
     layer = make_layer(name)
     x, cotangent = torch.randn(2, 3, 10, 16)
@@ -49,8 +52,9 @@ def test_dense_layer_is_one_graph(name):
     assert_near(step(run, layer, x, cotangent), expected, 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["auto", "grouped"])
-@pytest.mark.parametrize("name", ["ltdr", "gmoe"])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("ltdr", "auto"), pytest.param("gmoe", "grouped", marks=pytest.mark.slow)]
+)
 def test_grouped_layer_is_one_graph_in_bfloat16(name, backend):
     layer = make_layer(name)
     use_expert_backend(layer, "loop")

@@ -18,7 +18,7 @@ def test_torch_export_with_an_open_batch_size():
         torch.testing.assert_close(program.module()(images), model(images))
 
 
-@pytest.mark.parametrize("name", ["ltdr", "gmoe"])
+@pytest.mark.parametrize("name", ["ltdr", pytest.param("gmoe", marks=pytest.mark.slow)])
 def test_onnx_runtime_gives_the_same_logits(name, tmp_path):
     pytest.importorskip("onnx", reason="needs the extra [export]")
     pytest.importorskip("onnxscript", reason="needs the extra [export]")
