@@ -222,7 +222,10 @@ def _is_distributed() -> bool:
 
 def _over_ranks(amount: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the ranks; the amount itself without a group."""
-    return amount if group is None else _SumOverRanks.apply(amount, group)
+    if group is None:
+        return amount
+    total: Tensor = _SumOverRanks.apply(amount, group)
+    return total
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -234,7 +237,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None

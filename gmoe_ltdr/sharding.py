@@ -97,6 +97,7 @@ def _convert(
 def _gather(part: Tensor, layer: MoE) -> Tensor:
     """All experts' rows of a tensor of which each rank holds its experts'."""
     group, num_experts = layer.ep_group, layer.spec.num_experts
+    assert group is not None
     whole = part.new_empty(num_experts, *part.shape[1:])
     for rank in range(group.size()):
         held = experts_of_rank(num_experts, group.size(), rank)

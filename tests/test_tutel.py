@@ -26,7 +26,9 @@ TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 @pytest.mark.skipif(not MISSING, reason="Tutel is installed")
 def test_without_tutel_the_error_says_how_to_install_it():
-    with pytest.raises(ImportError, match=r"(?s)pip install setuptools.*pip install --no-build-isolation"):
+    with pytest.raises(
+        ImportError, match=r"(?s)pip install setuptools.*pip install --no-build-isolation"
+    ):
         create_dispatcher("tutel")
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ class AllToAllDispatcher:
         return Dispatched(rows_MD, counts_RE.sum(0), ticket)
 
     def combine(self, expert_out_ND: Tensor, dispatched: Dispatched) -> Tensor:
-        ticket: _Ticket = dispatched.ticket
+        ticket = cast(_Ticket, dispatched.ticket)
         rows_MD = expert_out_ND
         if ticket.by_rank_M is not None:
             rows_MD = _Reorder.apply(rows_MD, ticket.by_rank_M, ticket.by_expert_M)

@@ -66,30 +66,32 @@ def create_dispatcher(
     """
     from gmoe_ltdr.dispatch.local import LocalDispatcher
 
-    num_ranks = 1 if group is None else group.size()
     if name not in ("local", "all_to_all", "tutel", "auto"):
         raise ValueError(
             f"dispatcher={name!r} is not available in this version; use 'local', which runs all "
             "experts on one device, or 'auto'"
         )
-    if num_ranks > 1:
-        if name == "local":
-            raise ValueError(
-                "dispatcher='local' runs all experts on one device, but the expert-parallel group "
-                f"has {num_ranks} ranks; use dispatcher='auto', or pass no ep_group"
-            )
-        experts_per_rank(num_experts, num_ranks)  # refuses more ranks than experts
-    if name == "tutel" or (
-        name == "auto" and num_ranks > 1 and _tutel_fits(num_experts, num_ranks)
-    ):
+    if group is None or group.size() == 1:
+        if name != "tutel":
+            return LocalDispatcher()
+        from gmoe_ltdr.dispatch.tutel import TutelDispatcher
+
+        return TutelDispatcher(num_experts=num_experts)
+    if name == "local":
+        raise ValueError(
+            "dispatcher='local' runs all experts on one device, but the expert-parallel group "
+            f"has {group.size()} ranks; use dispatcher='auto', or pass no ep_group"
+        )
+    if num_experts is None:
+        raise ValueError("create_dispatcher needs num_experts to place experts on a group's ranks")
+    experts_per_rank(num_experts, group.size())  # refuses more ranks than experts
+    if name == "tutel" or (name == "auto" and _tutel_fits(num_experts, group.size())):
         from gmoe_ltdr.dispatch.tutel import TutelDispatcher
 
         return TutelDispatcher(group, num_experts=num_experts)
-    if num_ranks > 1:
-        from gmoe_ltdr.dispatch.all_to_all import AllToAllDispatcher
+    from gmoe_ltdr.dispatch.all_to_all import AllToAllDispatcher
 
-        return AllToAllDispatcher(group)
-    return LocalDispatcher()
+    return AllToAllDispatcher(group)
 
 
 def _tutel_fits(num_experts: int, num_ranks: int) -> bool:

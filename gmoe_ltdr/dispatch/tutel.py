@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ class _Overlapped(Dispatched):
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         dispatcher, width = self.dispatcher, self.tokens_ND.shape[-1]
-        ticket: _Ticket = self.ticket
+        ticket = cast(_Ticket, self.ticket)
 
         def run_part(part_eND: Tensor) -> Tensor:
             num_local, num_rows, _ = part_eND.shape
@@ -132,7 +132,7 @@ class TutelDispatcher:
         return Dispatched(rows_ND, counts_e, _Ticket(plan, at_home=self.num_ranks == 1))
 
     def combine(self, expert_out_ND: Tensor, dispatched: Dispatched) -> Tensor:
-        ticket: _Ticket = dispatched.ticket
+        ticket = cast(_Ticket, dispatched.ticket)
         num_experts, capacity = ticket.plan[0], ticket.plan[4]
         width = expert_out_ND.shape[-1]
         blocks = expert_out_ND
