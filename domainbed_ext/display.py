@@ -28,6 +28,7 @@ from domainbed_ext.jobs import ERR_FILE, OUT_FILE, make_folder
 
 PLAIN_SECONDS = 10.0
 COLUMN_WIDTH = 12
+CACHING = "decoding"  # the phase before a run, in which steps are images
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class RunState:
     """How far a run is.
 
     Attributes:
-        step: Steps taken.
+        step: Steps taken; in the phase `CACHING`, images decoded.
         num_steps: Of how many.
         loss: The last one.
-        phase: "training", "evaluating" or "saving".
+        phase: "training", "evaluating", "saving" or `CACHING`.
     """
 
     step: int
@@ -117,8 +118,13 @@ def run_progress(label: str) -> Iterator[ReportProgress]:
         transient=True,
     ) as bars:
         task = bars.add_task(label, total=None, detail="starting")
+        phase = ""
 
         def report(state: RunState) -> None:
+            nonlocal phase
+            if phase == CACHING != state.phase:
+                bars.reset(task)  # the speed of decoding says nothing about training
+            phase = state.phase
             bars.update(task, completed=state.step, total=state.num_steps, detail=_detail(state))
 
         yield report
@@ -129,11 +135,14 @@ class _PlainRun:
         self._stream = stream
         self._started: tuple[float, int] | None = None
         self._shown = time.monotonic()
+        self._unit = ""
 
     def __call__(self, state: RunState) -> None:
         now = time.monotonic()
-        if self._started is None:
+        unit = "image" if state.phase == CACHING else "step"
+        if self._started is None or unit != self._unit:
             self._started = (now, state.step)
+            self._unit = unit
         if now - self._shown < PLAIN_SECONDS:
             return
         self._shown = now
@@ -145,7 +154,7 @@ class _PlainRun:
             else ""
         )
         print(
-            f"step {state.step} of {state.num_steps}, {_detail(state)}{left}",
+            f"{unit} {state.step} of {state.num_steps}, {_detail(state)}{left}",
             file=self._stream,
             flush=True,
         )
@@ -192,7 +201,8 @@ class SweepProgress:
 
     def report(self, label: str, state: RunState) -> None:
         """A running job got somewhere."""
-        self._fractions[label] = state.step / max(state.num_steps, 1)
+        if state.phase != CACHING:
+            self._fractions[label] = state.step / max(state.num_steps, 1)
         if self._bars is not None:
             self._bars.update(
                 self._tasks[label],

@@ -40,7 +40,10 @@ TASKS = ("domain_generalization", "domain_adaptation")
 
 # How a run is carried out, not which run it is: never in records and job names, as DomainBed has no
 # such flags.
-_NOT_RECORDED = ("device", "num_workers", "distributed")
+_NOT_RECORDED = (
+    *("device", "num_workers", "distributed"),
+    *("image_cache", "image_cache_dir", "image_cache_gb"),
+)
 # Neither where a run is stored nor what else it saves makes it another run.
 _NOT_IDENTITY = (
     *_NOT_RECORDED,
@@ -92,6 +95,9 @@ class TrainArgs:
     device: str = "auto"
     num_workers: int | None = None
     distributed: bool = False
+    image_cache: str = "exact"
+    image_cache_dir: str | None = None
+    image_cache_gb: float = 16.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test_envs", tuple(self.test_envs))

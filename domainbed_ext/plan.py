@@ -27,6 +27,9 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         "device": args.device,
         "num_workers": args.num_workers,
         "skip_model_save": args.skip_model_save,
+        "image_cache": args.image_cache,
+        "image_cache_dir": args.image_cache_dir,
+        "image_cache_gb": args.image_cache_gb,
     }
     for trial_seed in range(args.n_trials):
         for dataset in dict.fromkeys(args.datasets):

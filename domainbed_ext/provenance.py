@@ -68,6 +68,7 @@ def provenance(
     """The "provenance" of a run's records."""
     import torch
 
+    reduced = {} if dataset.image_side is None else {"image_side": dataset.image_side}
     return {
         "code_version": code_version(),
         "torch": torch.__version__,
@@ -77,6 +78,7 @@ def provenance(
         "eval_tail_scope": hparams.get("ltdr_eval_tail_scope"),
         "environments": [environment.name for environment in dataset.datasets],
         "num_classes": dataset.num_classes,
+        **reduced,
     }
 
 

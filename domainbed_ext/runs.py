@@ -16,6 +16,9 @@ import torch
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.datasets import get_dataset_class
 from domainbed_ext.datasets.base import EnvSplit
+from domainbed_ext.datasets.image_cache import use_image_cache
+from domainbed_ext.datasets.image_cache_flags import image_cache_options
+from domainbed_ext.display import CACHING, ReportProgress, RunState
 from domainbed_ext.distributed import Ranks, current_ranks, first_rank_first
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import TrainArgs
@@ -70,12 +73,15 @@ class Run:
         }
 
 
-def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
+def prepare_run(
+    args: TrainArgs, hparams: Mapping[str, Any], *, progress: ReportProgress | None = None
+) -> Run:
     """Loads the data and makes the algorithm, under the run's seed.
 
     Args:
         args: Checked arguments.
         hparams: All hyper-parameters, as `domainbed_ext.scripts.train.run_hparams` gives them.
+        progress: Called while images are decoded into a cache.
     """
     # Every data set takes DomainBed's (root, test_envs, hparams), which is not the base class's.
     dataset_class: Any = get_dataset_class(args.dataset)
@@ -85,7 +91,21 @@ def prepare_run(args: TrainArgs, hparams: Mapping[str, Any]) -> Run:
         hparams["schedule_steps"] = num_steps
     device = choose_device(args.device)
     seed_everything(args.seed)
-    dataset = first_rank_first(lambda: dataset_class(args.data_dir, list(args.test_envs), hparams))
+
+    def load() -> Any:
+        dataset = dataset_class(args.data_dir, list(args.test_envs), hparams)
+        use_image_cache(
+            dataset,
+            args.dataset,
+            image_cache_options(args),
+            announce=lambda line: print(line, flush=True),
+            progress=None
+            if progress is None
+            else lambda done, all_: progress(RunState(done, all_, phase=CACHING)),
+        )
+        return dataset
+
+    dataset = first_rank_first(load)
     splits = evaluation_splits(dataset, args)
     algorithm_class = get_algorithm_class(args.algorithm)
     num_domains = len(dataset) - len(args.test_envs)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,6 +26,8 @@ from domainbed_ext.splits import split_dataset
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from domainbed_ext.datasets.image_cache import CachedImages
 
 # In-memory data: (uint8 NCHW, generator) -> float NCHW. File images: PIL image -> float CHW.
 Transform = Callable[..., Tensor]
@@ -100,28 +102,46 @@ class ArrayEnvironment(Environment):
 
 
 class FileEnvironment(Environment):
-    """A domain whose images are files, decoded when they are asked for."""
+    """A domain whose images are files, decoded when they are asked for.
+
+    Attributes:
+        paths: The files.
+        cache: Where decoded images are looked up first; see `image_cache`.
+    """
 
     in_memory = False
 
     def __init__(self, name: str, paths: Sequence[str], labels: Sequence[int] | np.ndarray) -> None:
         super().__init__(name, labels)
         self.paths = list(paths)
+        self.cache: CachedImages | None = None
 
     def image(self, index: int) -> Image.Image:
-        from PIL import Image
-
+        if self.cache is not None:
+            image = self.cache.image(index)
+            if image is not None:
+                return image
         path = self.paths[index]
         try:
-            with Image.open(path) as file:
-                return file.convert("RGB")
-        # Broken PNG chunks are a SyntaxError, broken TIFFs a ValueError, the rest an OSError.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "it does not exist" if not Path(path).exists() else str(error)
+            return read_image(path)
+        except OSError as error:
+            reason = str(error) if os.path.exists(path) else "it does not exist"
             raise UsageError(
                 f"cannot read the image {path} (environment {self.name}): {reason}; "
                 "replace or remove it"
             ) from error
+
+
+def read_image(path: str) -> Image.Image:
+    """A file's image in RGB; an OSError says what is wrong with the file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    # Broken PNG chunks are a SyntaxError, broken TIFFs a ValueError.
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from error
 
 
 def resize_images(images: Tensor, size: int) -> Tensor:
@@ -180,6 +200,7 @@ class MultipleDomainDataset:
         num_classes: Number of classes.
         class_names: Their names, by label.
         train_transform, eval_transform: See `Transform`.
+        image_side: The shorter side that images were reduced to; None where they were not.
     """
 
     N_STEPS: ClassVar[int] = 5001
@@ -188,6 +209,7 @@ class MultipleDomainDataset:
     ENVIRONMENTS: ClassVar[Sequence[str]] = ()
     INPUT_SHAPE: ClassVar[tuple[int, int, int] | None] = None
     DEFAULT_AUGMENTATION: ClassVar[str] = "domainbed"  # where hparams do not say
+    image_side: int | None = None
 
     def __init__(
         self,
@@ -231,7 +253,10 @@ class MultipleDomainDataset:
                 )
 
     def fingerprint(self) -> str:
-        """16 hex digits that differ when the number of images of any domain and class does."""
+        """16 hex digits that differ when the number of images of any domain and class does.
+
+        Reduced images are other data: their side is appended, as in "0123456789abcdef-256px".
+        """
         counts = [
             [
                 environment.name,
@@ -246,7 +271,8 @@ class MultipleDomainDataset:
             for environment in self.datasets
         ]
         text = json.dumps(counts, sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+        reduced = "" if self.image_side is None else f"-{self.image_side}px"
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16] + reduced
 
     def splits(
         self,

@@ -19,6 +19,7 @@ from domainbed_ext.datasets import (
     FoundDataset,
     find_datasets,
 )
+from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import VIT_ALGORITHMS
 from domainbed_ext.jobs import TASKS, Job, JobState, job_label
@@ -153,6 +154,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--num_workers", type=int, help="processes per loader that decode image files"
     )
     parser.add_argument("--skip_model_save", action="store_true", help="save no models")
+    add_flags(parser)
     return parser
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
+from domainbed_ext.datasets.image_cache_flags import add_flags, image_cache_options
 from domainbed_ext.display import ReportProgress, run_progress, tee_output
 from domainbed_ext.distributed import (
     LostRankError,
@@ -154,6 +155,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         type=int,
         help="processes per loader that decode image files (default: the data set's)",
     )
+    add_flags(parser)
     parser.add_argument(
         "--distributed",
         action="store_true",
@@ -208,7 +210,7 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
             from domainbed_ext.runs import prepare_run
             from domainbed_ext.training import execute
 
-            return execute(prepare_run(args, hparams), progress=progress)
+            return execute(prepare_run(args, hparams, progress=progress), progress=progress)
         except DivergedError as error:
             if ranks.is_first:  # all ranks know
                 mark_failed(folder, reason="diverged", message=str(error), step=error.step)
@@ -246,6 +248,7 @@ def run_hparams(args: TrainArgs) -> dict[str, Any]:
 def check_args(args: TrainArgs) -> dict[str, Any]:
     """Refuses impossible arguments, before anything is written. Returns all hyper-parameters."""
     hparams = run_hparams(args)
+    image_cache_options(args)
     get_dataset_class(args.dataset)
     names = environment_names(args.dataset)
     listing = ", ".join(f"{number} {name}" for number, name in enumerate(names))

@@ -289,6 +289,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_reason(tmp_path, capsys):
     }
     flags = [
         "--datasets", f"folder:{data}", "--algorithms", "LTDR", "--output_dir", str(out),
+        "--data_dir", str(tmp_path / "data"),
         "--n_hparams", "1", "--n_trials", "1", "--single_test_envs", "--test_envs", "1",
         "--steps", "1", "--hparams", json.dumps(hparams), "--skip_confirmation",
         "--device", "cpu", "--num_workers", "0", "--gpus_per_job", "2", "--skip_model_save",

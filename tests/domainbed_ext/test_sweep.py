@@ -278,7 +278,10 @@ def test_flags_are_frozen():
         "n_trials command_launcher steps hparams holdout_fraction single_test_envs "
         "skip_confirmation"
     ).split()
-    ours = "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save".split()
+    ours = (
+        "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
+        "image_cache_dir image_cache_gb"
+    ).split()
     flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
     assert flags == {*upstream, *ours}
     assert module.ALGORITHMS == tuple(_registered_algorithms())

@@ -358,7 +358,10 @@ def test_flags_are_frozen():
         "skip_model_save save_model_every_checkpoint"
     ).split()
     actions = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
-    assert set(actions) == {*upstream, "device", "num_workers", "distributed"}
+    assert set(actions) == {
+        *(*upstream, "device", "num_workers", "distributed"),
+        *("image_cache", "image_cache_dir", "image_cache_gb"),
+    }
     # DomainBed's defaults, but for the data: it has no data folder, and RotatedMNIST is no file.
     assert {name: actions[name].default for name in upstream[2:]} == {
         "algorithm": "ERM",
