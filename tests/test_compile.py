@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmoe_ltdr import MoE, preset
+from gmoe_ltdr import MoE, balance_loss, collect_routing, preset
 from gmoe_ltdr.engines import use_expert_backend
 from tests.models import tiny_moe_vit
 
@@ -145,3 +145,19 @@ def test_cuda_graph_replays_other_plans(backend):
         static_x.copy_(torch.randn(3, 10, 16) * (seed + 1))
         graph.replay()
         torch.testing.assert_close(out, forward())
+
+
+def test_routing_is_collected_from_compiled_blocks_in_every_step():
+    model = use_expert_backend(tiny_moe_vit(preset("ltdr")).train(), "dense")
+    for block in model.blocks:
+        block.compile(backend=TRACED)
+    for seed in range(3):
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        # the first step compiles dense and sparse blocks, whose code is the same function
+        with (
+            torch._dynamo.config.patch(error_on_recompile=seed > 0),
+            collect_routing(model) as routings,
+        ):
+            out = model(x)
+        assert len(routings) == 2
+        (out.square().sum() + balance_loss(routings, preset("ltdr"))).backward()
