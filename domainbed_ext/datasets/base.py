@@ -176,6 +176,25 @@ class EnvSplit:
         return self.environment[int(self.keys[index])]
 
 
+def data_fingerprint(environments: Sequence[Environment], class_names: Sequence[str]) -> str:
+    """A hash of the images per domain and class, names included: 16 hex digits."""
+    counts = [
+        [
+            environment.name,
+            dict(
+                zip(
+                    class_names,
+                    np.bincount(environment.labels, minlength=len(class_names)).tolist(),
+                    strict=True,
+                )
+            ),
+        ]
+        for environment in environments
+    ]
+    text = json.dumps(counts, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
 def balanced_weights(split: EnvSplit) -> Tensor:
     """A sampling weight per image so that every class of the split is drawn equally often."""
     _, inverse, counts = np.unique(split.labels, return_inverse=True, return_counts=True)
@@ -257,22 +276,8 @@ class MultipleDomainDataset:
 
         Reduced images are other data: their side is appended, as in "0123456789abcdef-256px".
         """
-        counts = [
-            [
-                environment.name,
-                dict(
-                    zip(
-                        self.class_names,
-                        np.bincount(environment.labels, minlength=self.num_classes).tolist(),
-                        strict=True,
-                    )
-                ),
-            ]
-            for environment in self.datasets
-        ]
-        text = json.dumps(counts, sort_keys=True)
         reduced = "" if self.image_side is None else f"-{self.image_side}px"
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16] + reduced
+        return data_fingerprint(self.datasets, self.class_names) + reduced
 
     def splits(
         self,

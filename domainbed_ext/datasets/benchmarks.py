@@ -20,11 +20,14 @@ class Benchmark(ImageFileDataset):
         FOLDER: Below the data folder.
         DOMAIN_FOLDERS: What DomainBed's copies call the environments; other names in this
             alphabetical order do as well.
-        NUM_IMAGES, NUM_CLASSES: Of the copy that the published tables were made with.
+        DOMAIN_COUNTS, NUM_IMAGES, NUM_CLASSES: Of the copy that published tables were made with.
+        OTHER_COUNTS: Images per domain of other copies that are in circulation.
     """
 
     FOLDER: ClassVar[str]
     DOMAIN_FOLDERS: ClassVar[tuple[str, ...]]
+    DOMAIN_COUNTS: ClassVar[tuple[int, ...]]
+    OTHER_COUNTS: ClassVar[tuple[tuple[int, ...], ...]] = ()
     NUM_IMAGES: ClassVar[int]
     NUM_CLASSES: ClassVar[int]
 
@@ -56,13 +59,31 @@ class Benchmark(ImageFileDataset):
     @classmethod
     def count_problem(cls, index: ImageIndex) -> str | None:
         """What differs from the published copy, or None."""
-        found = (index.num_images, len(index.class_names))
-        if found == (cls.NUM_IMAGES, cls.NUM_CLASSES):
+        num_classes = len(index.class_names)
+        found = [sum(map(len, classes.values())) for classes in index.paths.values()]
+        if (tuple(found), num_classes) == (cls.DOMAIN_COUNTS, cls.NUM_CLASSES):
             return None
-        return (
-            f"this copy of {cls.__name__} has {found[0]:,} images in {found[1]} classes, the "
-            f"published tables {cls.NUM_IMAGES:,} in {cls.NUM_CLASSES}; do not compare them closely"
+        message = (
+            f"this copy of {cls.__name__} has {sum(found):,} images in {num_classes} classes, the "
+            f"published tables {cls.NUM_IMAGES:,} in {cls.NUM_CLASSES}"
         )
+        different = [
+            f"{domain} {count:,} instead of {expected:,}"
+            for domain, count, expected in zip(index.domains, found, cls.DOMAIN_COUNTS, strict=True)
+            if count != expected
+        ]
+        if different:
+            message += f" ({', '.join(different)})"
+        if cls.is_known_copy(index):
+            message += "; it is another complete copy in circulation"
+        return f"{message}; do not compare them closely"
+
+    @classmethod
+    def is_known_copy(cls, index: ImageIndex) -> bool:
+        """Whether it is as complete as a copy gets: the tables' or another one in circulation."""
+        found = tuple(sum(map(len, classes.values())) for classes in index.paths.values())
+        complete = found in (cls.DOMAIN_COUNTS, *cls.OTHER_COUNTS)
+        return complete and len(index.class_names) == cls.NUM_CLASSES
 
 
 class PACS(Benchmark):
@@ -71,6 +92,7 @@ class PACS(Benchmark):
     FOLDER, NUM_IMAGES, NUM_CLASSES = "PACS", 9_991, 7
     ENVIRONMENTS = ("A", "C", "P", "S")
     DOMAIN_FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
+    DOMAIN_COUNTS = (2_048, 2_344, 1_670, 3_929)
 
 
 class VLCS(Benchmark):
@@ -79,6 +101,7 @@ class VLCS(Benchmark):
     FOLDER, NUM_IMAGES, NUM_CLASSES = "VLCS", 10_729, 5
     ENVIRONMENTS = ("C", "L", "S", "V")
     DOMAIN_FOLDERS = ("Caltech101", "LabelMe", "SUN09", "VOC2007")
+    DOMAIN_COUNTS = (1_415, 2_656, 3_282, 3_376)
 
 
 class OfficeHome(Benchmark):
@@ -87,6 +110,7 @@ class OfficeHome(Benchmark):
     FOLDER, NUM_IMAGES, NUM_CLASSES = "office_home", 15_588, 65
     ENVIRONMENTS = ("A", "C", "P", "R")
     DOMAIN_FOLDERS = ("Art", "Clipart", "Product", "Real World")
+    DOMAIN_COUNTS = (2_427, 4_365, 4_439, 4_357)
 
 
 class TerraIncognita(Benchmark):
@@ -95,6 +119,8 @@ class TerraIncognita(Benchmark):
     FOLDER, NUM_IMAGES, NUM_CLASSES = "terra_incognita", 24_788, 10
     ENVIRONMENTS = ("L100", "L38", "L43", "L46")
     DOMAIN_FOLDERS = ("location_100", "location_38", "location_43", "location_46")
+    DOMAIN_COUNTS = (4_879, 9_767, 4_020, 6_122)
+    OTHER_COUNTS = ((4_741, 9_736, 3_970, 5_883),)
 
 
 class DomainNet(Benchmark):
@@ -105,3 +131,4 @@ class DomainNet(Benchmark):
     FOLDER, NUM_IMAGES, NUM_CLASSES = "domain_net", 586_575, 345
     ENVIRONMENTS = ("clip", "info", "paint", "quick", "real", "sketch")
     DOMAIN_FOLDERS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+    DOMAIN_COUNTS = (48_129, 51_605, 72_266, 172_500, 172_947, 69_128)
