@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
                 "F": args.hidden_dim,
                 "E": args.experts,
                 "rounds": args.rounds,
+                "clock": args.clock,
                 **where,
             }
         )
@@ -151,12 +152,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
     add("--repeat", type=int, default=None,
         help="runs per round and case (default: 1 on a CPU, 10 on a GPU)")  # fmt: skip
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds this process computed, for cores that others use too; run it with "
+        "OMP_NUM_THREADS=1 (default: wall)")  # fmt: skip
     add("--output", type=Path, default=None,
         help="CSV to add rows to (default: results/benchmarks/<device>-<torch>.csv)")  # fmt: skip
     add("--no-csv", action="store_true", help="print only")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.device == "cuda" and args.clock == "cpu":
+        parser.error("--clock cpu says nothing about a GPU; leave it out")
     on_gpu = ["triton", "grouped", "dense", "loop", "tutel"]
     args.backends = args.backends or (["blocked", "loop"] if args.device == "cpu" else on_gpu)
     args.repeat = args.repeat or (1 if args.device == "cpu" else 10)
@@ -248,7 +254,7 @@ def timed(
 
     def measure() -> tuple[float, float]:
         forward = backward = 0.0
-        clock = Clock(args.device)
+        clock = Clock(args.device, args.clock)
         leaf = x.clone().requires_grad_()
         for _ in range(args.repeat):
             clock.lap()

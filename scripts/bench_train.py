@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
                 "batch_size": args.batch_size,
                 "compiled": args.compile,
                 "rounds": args.rounds,
+                "clock": args.clock,
                 **where,
             }
         )
@@ -152,6 +153,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
     add("--repeat", type=int, default=None,
         help="steps per round and model (default: 1 on a CPU, 10 on a GPU)")  # fmt: skip
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds this process computed, for cores that others use too; run it with "
+        "OMP_NUM_THREADS=1 (default: wall)")  # fmt: skip
     add("--output", type=Path, default=None,
         help="CSV to add rows to (default: results/benchmarks/<device>-<torch>.csv)")  # fmt: skip
     add("--no-csv", action="store_true", help="print only")
@@ -159,6 +163,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     on_cpu = args.device == "cpu"
     if not on_cpu and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.device == "cuda" and args.clock == "cpu":
+        parser.error("--clock cpu says nothing about a GPU; leave it out")
     args.precision = args.precision or (["fp32"] if on_cpu else ["bf16"])
     args.batch_size = args.batch_size or (4 if on_cpu else 96)
     args.repeat = args.repeat or (1 if on_cpu else 10)
@@ -219,7 +225,7 @@ def count(case: Case) -> tuple[float, float]:
 
 def timed(case: Case, args: argparse.Namespace) -> Callable[[], tuple[float]]:
     def measure() -> tuple[float]:
-        clock = Clock(args.device)
+        clock = Clock(args.device, args.clock)
         for _ in range(args.repeat):
             case.step()
         return (clock.lap() / args.repeat,)
