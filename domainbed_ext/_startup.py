@@ -1,7 +1,7 @@
 """Runs at every start of Python, through a `.pth` line: so it is tiny and imports next to nothing.
 
-It offers the module names `domainbed.*` to Python's import system, behind every other finder. A
-real DomainBed checkout on the path is therefore found first and stays as it is; without one,
+It watches for one name, `domainbed`. A real DomainBed checkout on the path is found as ever, and
+gets our algorithms, data sets and launcher added once its modules have run; without a checkout,
 `python -m domainbed.scripts.sweep` runs the embedded implementation. `DOMAINBED_EXT=off` leaves
 Python alone. What happens once such a name is asked for stands in `upstream.py`.
 """
@@ -11,23 +11,26 @@ import sys
 
 
 class DomainBedFinder:
-    """The last finder on `sys.meta_path`; it knows the names `domainbed` and `domainbed.*`."""
+    """The first finder on `sys.meta_path`; it has an opinion on `domainbed` and `domainbed.*`."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name != "domainbed" and not name.startswith("domainbed."):
             return None
-        from domainbed_ext.upstream import embedded_spec
-
-        return embedded_spec(name)
+        try:
+            from domainbed_ext.upstream import find_spec
+        except ImportError:  # uninstalled while this process ran
+            return None
+        return find_spec(name, path, target)
 
 
 def install():
-    """Appends the finder, once, unless DOMAINBED_EXT says off."""
-    if os.environ.get("DOMAINBED_EXT", "").lower() not in ("off", "0", "false", "no") and not any(
-        finder is DomainBedFinder for finder in sys.meta_path
-    ):
-        sys.meta_path.append(DomainBedFinder)
+    """Puts the finder first, once, unless DOMAINBED_EXT says off."""
+    # By module name, not identity: this module may be reloaded.
+    if os.environ.get("DOMAINBED_EXT", "").lower() in ("off", "0", "false", "no"):
+        return
+    if not any(getattr(finder, "__module__", None) == __name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, DomainBedFinder)
 
 
 install()

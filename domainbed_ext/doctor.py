@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, find_datasets
+from domainbed_ext.hparams import VIT_ALGORITHMS
 from domainbed_ext.provenance import code_version, installed_version
+from domainbed_ext.upstream import is_switched_off
 
 # Tutel's setup imports torch, and it is not on PyPI: hence two steps.
 TUTEL_STEPS = (
@@ -35,6 +37,8 @@ EXTRAS = {
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }
+# What DomainBed imports and this package does not: wilds with all it asks for would bring ten more.
+CHECKOUT_NEEDS = {"wilds": "wilds", "pytz": "pytz", "tqdm": "tqdm"}
 _COLORS = {"ok": "green", "missing": "red", "optional": "yellow", "none": "dim"}
 
 
@@ -119,13 +123,43 @@ def _domainbed() -> Finding:
     path = [os.getcwd(), *(entry for entry in sys.path if entry)]
     spec = PathFinder.find_spec("domainbed", path)
     if spec is not None and spec.origin is not None:
-        return Finding("domainbed", "ok", f"the checkout at {Path(spec.origin).parent}")
-    # Imported at start-up or not at all; importing it here would switch it on.
-    startup = sys.modules.get("domainbed_ext._startup")
-    if startup is not None and startup.DomainBedFinder in sys.meta_path:
+        return _checkout(Path(spec.origin).parent)
+    if _hook_is_active():
         return Finding("domainbed", "ok", "embedded; `python -m domainbed.scripts.*` works")
     detail = "embedded, as `python -m domainbed_ext.scripts.*` (the start-up hook is off)"
     return Finding("domainbed", "ok", detail)
+
+
+def _checkout(package: Path) -> Finding:
+    """What is added to a checkout, or why nothing is."""
+    from domainbed_ext.upstream_additions import DIGITS, lacking_names
+
+    where = f"the checkout at {package}"
+    if not _hook_is_active():
+        if is_switched_off():
+            return Finding("domainbed", "ok", f"{where}, nothing added: DOMAINBED_EXT is off")
+        detail = f"{where}, nothing added: the start-up line is not installed or did not run"
+        remedy = "pip install gmoe-ltdr into this Python, and start it without -S"
+        return Finding("domainbed", "optional", detail, remedy)
+    lacking = lacking_names(package)
+    if lacking:
+        detail = f"{where}, a version that is not known (no {', '.join(lacking)}): not all is added"
+        return Finding("domainbed", "optional", detail, "python -m domainbed_ext.scripts.sweep")
+    added = ", ".join([*VIT_ALGORITHMS, *DIGITS, "ltdr_local"])
+    detail = f"{where}, with {added} added by the start-up line"
+    missing = [name for module, name in CHECKOUT_NEEDS.items() if find_spec(module) is None]
+    if missing:
+        remedy = f"pip install --no-deps {' '.join(missing)}"
+        return Finding("domainbed", "optional", f"{detail}; lacks {', '.join(missing)}", remedy)
+    return Finding("domainbed", "ok", detail)
+
+
+def _hook_is_active() -> bool:
+    # Imported at start-up or not at all; importing it here would switch it on.
+    startup = sys.modules.get("domainbed_ext._startup")
+    return (
+        startup is not None and startup.DomainBedFinder in sys.meta_path and not is_switched_off()
+    )
 
 
 def _extras() -> Iterator[Finding]:

@@ -1,19 +1,29 @@
-"""The names `domainbed.*` without a DomainBed checkout: they lead to the embedded implementation.
+"""What an import of `domainbed` leads to: a checkout with our additions, or the embedded package.
 
-`_startup.py` calls `embedded_spec` only after every other finder has failed, so a real `domainbed`
-package always wins and is never touched.
+`_startup.py` calls `find_spec` before any other finder is asked. They are asked here, and what they
+find is returned, so a real `domainbed` package always wins; of its modules, those in `EXTENDED` get
+our additions (`upstream_additions.py`) right after they have run. Where nobody finds anything, the
+names of DomainBed's scripts lead to ours.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+import threading
+from collections.abc import Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
 
+# Modules of a checkout that get additions.
+EXTENDED = tuple(
+    f"domainbed.{module}"
+    for module in ("algorithms", "hparams_registry", "datasets", "networks", "command_launchers")
+)
 PACKAGES = {
     "domainbed": "domainbed_ext",
     "domainbed.scripts": "domainbed_ext.scripts",
@@ -22,6 +32,66 @@ MODULES = {
     f"domainbed.scripts.{script}": f"domainbed_ext.scripts.{script}"
     for script in ("train", "sweep", "collect_results", "download", "list_top_hparams")
 }
+
+
+_STARTUP_MODULE = "domainbed_ext._startup"
+_asking = threading.local()
+
+
+def is_switched_off() -> bool:
+    """Whether DOMAINBED_EXT says off."""
+    return os.environ.get("DOMAINBED_EXT", "").lower() in ("off", "0", "false", "no")
+
+
+def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) -> Any:
+    """The spec of `domainbed` or of a module below it, or None."""
+    if is_switched_off():  # since the start
+        return None
+    names: set[str] = _asking.__dict__.setdefault("names", set())
+    if name in names:  # asked by a finder that, like this one, asks all others
+        return None
+    names.add(name)
+    try:
+        spec = _ask_other_finders(name, path, target)
+    finally:
+        names.discard(name)
+    if spec is None:
+        return embedded_spec(name)
+    if name in EXTENDED and getattr(spec.loader, "exec_module", None) is not None:
+        _extend_after_execution(spec.loader)
+    return spec
+
+
+def _ask_other_finders(name: str, path: Sequence[str] | None, target: ModuleType | None) -> Any:
+    for finder in list(sys.meta_path):
+        if getattr(finder, "__module__", None) == _STARTUP_MODULE:
+            continue
+        find = getattr(finder, "find_spec", None)
+        spec = None if find is None else find(name, path, target)
+        if spec is not None:
+            return spec
+    return None
+
+
+def _extend_after_execution(loader: Any) -> None:
+    """Has the loader add to a module that it has executed, also when that is reloaded.
+
+    The method is replaced on this one object, not its class: inspect, runpy and pickle see the
+    loader they know.
+    """
+    execute = loader.exec_module
+    if getattr(execute, "extends_domainbed", False):  # a zip file's loader serves many modules
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        if module.__name__ in EXTENDED:
+            from domainbed_ext.upstream_additions import extend
+
+            extend(module)
+
+    exec_module.extends_domainbed = True  # type: ignore[attr-defined]
+    loader.exec_module = exec_module
 
 
 def embedded_spec(name: str) -> ModuleSpec | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+import pytest
+from fake_checkout import MODULES
+
 from domainbed_ext import doctor
 from domainbed_ext.datasets import DATASETS
 from domainbed_ext.doctor import EXTRAS, examine, main
@@ -34,13 +37,34 @@ def test_what_is_missing_comes_with_its_command(monkeypatch):
     assert main([]) == 1
 
 
-def test_a_checkout_on_the_path_is_named(tmp_path, monkeypatch):
-    package = tmp_path / "domainbed"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
+@pytest.mark.parametrize(
+    ("active", "off", "modules", "status", "said"),
+    [
+        (True, False, MODULES, "ok", ", with ERM_ViT, GMOE, "),
+        (True, False, {"__init__": ""}, "optional", ", a version that is not known (no domainbed."),
+        (False, True, MODULES, "ok", ", nothing added: DOMAINBED_EXT is off"),
+        (False, False, MODULES, "optional", ", nothing added: the start-up line is not installed"),
+    ],
+)
+def test_a_checkout_is_named_with_what_it_gets(
+    tmp_path, monkeypatch, active, off, modules, status, said
+):
+    for name, source in modules.items():
+        file = tmp_path / "domainbed" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    finding = next(item for item in examine() if item.name == "domainbed")
-    assert finding.detail == f"the checkout at {package}"
+    monkeypatch.setattr(doctor, "_hook_is_active", lambda: active)
+    monkeypatch.setattr(doctor, "is_switched_off", lambda: off)
+    monkeypatch.setattr(doctor, "CHECKOUT_NEEDS", {"json": "json"})
+    finding = doctor._domainbed()
+    assert finding.detail.startswith(f"the checkout at {tmp_path / 'domainbed'}{said}")
+    assert finding.status == status
+    monkeypatch.setattr(doctor, "CHECKOUT_NEEDS", {"no_such_module": "wilds"})
+    finding = doctor._domainbed()
+    if active and status == "ok":
+        assert finding.detail.endswith("; lacks wilds")
+        assert finding.remedy == "pip install --no-deps wilds"
 
 
 def test_report_is_plain_text_when_it_goes_to_a_file(capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""The names `domainbed.*` lead to the embedded scripts, unless a real checkout is on the path."""
+"""The names `domainbed.*` lead to a checkout if there is one, and else to the embedded scripts."""
 
 from __future__ import annotations
 
@@ -91,19 +91,36 @@ def test_a_checkout_wins(python, tmp_path):
     assert "No module named domainbed.scripts.sweep" in missing.stderr
 
 
-@pytest.mark.upstream
-def test_a_real_domainbed_is_left_as_it_is(python, tmp_path):
-    checkout = os.environ.get("DOMAINBED_DIR")
-    if not checkout:
-        pytest.skip("DOMAINBED_DIR does not name a DomainBed checkout")
-    status = ["git", "-C", checkout, "status", "--porcelain"]
-    before = subprocess.run(status, capture_output=True, text=True).stdout
+def test_finders_that_ask_all_others_do_not_ask_for_ever(python, tmp_path):
+    code = """
+import sys
+class Delegating:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        for finder in sys.meta_path:
+            if finder is not Delegating and (spec := finder.find_spec(name, path, target)):
+                return spec
+sys.meta_path.insert(1, Delegating)
+import domainbed
+print(domainbed.__doc__)
+"""
+    assert python("-c", code).stdout.startswith("domainbed, embedded")
+
+
+def test_installing_twice_and_reloading_leave_one_finder(python):
     code = (
-        "import sys, domainbed, domainbed.command_launchers as launchers;"
-        "print(domainbed.__file__); print(sorted(launchers.REGISTRY))"
+        "import importlib, sys, domainbed_ext._startup as s; s.install(); importlib.reload(s);"
+        "print(sum(getattr(f, '__module__', '') == s.__name__ for f in sys.meta_path))"
     )
-    done = python("-B", "-c", code, first=[checkout])
-    file, launchers = done.stdout.splitlines()
-    assert Path(file).parent == Path(checkout) / "domainbed"
-    assert launchers == "['dummy', 'local', 'multi_gpu']"
-    assert subprocess.run(status, capture_output=True, text=True).stdout == before
+    assert python("-c", code).stdout == "1\n"
+
+
+def test_off_counts_from_the_moment_it_is_said(python):
+    code = "import os; os.environ['DOMAINBED_EXT'] = 'off'; import domainbed"
+    assert "No module named 'domainbed'" in python("-c", code).stderr
+
+
+def test_without_the_hook_importing_it_is_enough(python):
+    code = "import domainbed_ext._startup, domainbed; print(domainbed.__doc__)"
+    done = python("-S", "-c", code)
+    assert done.stdout.startswith("domainbed, embedded"), done.stderr

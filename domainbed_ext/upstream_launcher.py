@@ -1,0 +1,76 @@
+"""`--command_launcher ltdr_local` for a DomainBed checkout's own sweep.
+
+DomainBed's "local" runs whichever `python` comes first on PATH, one job after another, and reports
+success whatever became of them. This one runs this interpreter, one job per GPU, and fails when a
+job did.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from domainbed_ext.launchers import cuda_devices
+
+_POLL_SECONDS = 0.1
+
+
+def ltdr_local(commands: Sequence[str]) -> None:
+    """Runs shell commands that begin with `python`; one per CUDA device at a time, else one.
+
+    Raises:
+        SystemExit: With status 1 after all have ended, if any of them failed.
+    """
+    waiting = deque(_arguments(command) for command in commands)
+    free: list[str | None] = [*cuda_devices()] or [None]
+    running: list[tuple[subprocess.Popen, str | None, list[str]]] = []
+    failed: list[str] = []
+    try:
+        while waiting or running:
+            while waiting and free:
+                arguments, device = waiting.popleft(), free.pop(0)
+                running.append((_start(arguments, device), device, arguments))
+            for item in [item for item in running if item[0].poll() is not None]:
+                process, device, arguments = item
+                running.remove(item)
+                free.append(device)
+                if process.returncode != 0:
+                    failed.append(f"{_folder(arguments)} (exit status {process.returncode})")
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for process, *_ in running:
+            process.terminate()
+        for process, *_ in running:
+            process.wait()
+    if failed:
+        listing = "\n".join(f"  {line}" for line in sorted(failed))
+        print(
+            f"error: {len(failed)} of {len(commands)} jobs failed; their err.txt says why, and "
+            f"delete_incomplete lets them be launched again:\n{listing}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def _arguments(command: str) -> list[str]:
+    program, *rest = shlex.split(command)
+    return [sys.executable if program == "python" else program, *rest]
+
+
+def _start(arguments: list[str], device: str | None) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    return subprocess.Popen(arguments, env=environment)
+
+
+def _folder(arguments: Sequence[str]) -> str:
+    """Which job it was, for people."""
+    if "--output_dir" in arguments[:-1]:
+        return arguments[arguments.index("--output_dir") + 1]
+    return shlex.join(arguments)

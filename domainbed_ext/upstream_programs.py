@@ -1,0 +1,69 @@
+"""Which of a checkout's programs runs, and what of its command line DomainBed does not pass on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_PLACES = ("folder:", "manifest:")
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Flags of `domainbed.scripts.train` that neither algorithms nor data sets are told.
+
+    Attributes:
+        steps: Length of the run; None for the data set's.
+        holdout_fraction: Part of a domain that is held out.
+    """
+
+    steps: int | None = None
+    holdout_fraction: float = 0.2
+
+
+def program() -> str | None:
+    """The checkout's script that this process runs, such as "train" or "sweep"; else None."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if not file:
+        return None
+    path = Path(os.path.abspath(file))
+    return path.stem if path.parts[-3:-1] == ("domainbed", "scripts") else None
+
+
+def train_flags() -> TrainFlags:
+    """The flags of the run that this process is; the defaults in any other process."""
+    if program() != "train":
+        return TrainFlags()
+    found = _parse(("--steps", int, None), ("--holdout_fraction", float, 0.2))
+    return TrainFlags(found.steps, found.holdout_fraction)
+
+
+def datasets_asked_for() -> list[str]:
+    """The ``folder:PATH`` and ``manifest:FILE`` that the command line, or the records that it wants
+    in tables, name: DomainBed looks data sets up among the names of a module."""
+    if program() is None:
+        return []
+    names = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
+    if program() == "collect_results":
+        names += _datasets_of_records(_parse(("--input_dir", str, None)).input_dir)
+    return [name for name in dict.fromkeys(names) if name.startswith(_PLACES)]
+
+
+def _parse(*flags: tuple[str, type, object]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False)
+    for name, kind, default in flags:
+        parser.add_argument(name, type=kind, default=default)
+    return parser.parse_known_args(sys.argv[1:])[0]
+
+
+def _datasets_of_records(folder: str | None) -> list[str]:
+    names = set()
+    for file in sorted(Path(folder).glob("*/results.jsonl")) if folder else []:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(file) as lines:
+            names.add(str(json.loads(lines.readline())["args"]["dataset"]))
+    return sorted(names)

@@ -1,0 +1,250 @@
+"""What a checkout gets, and what it keeps; with a stand-in for DomainBed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_checkout import MODULES, write_checkout
+
+import domainbed_ext.algorithms as own_algorithms
+from domainbed_ext import upstream_additions
+from domainbed_ext.errors import UsageError
+from domainbed_ext.hparams import VIT_ALGORITHMS, default_hparams, hparam_pairs
+from domainbed_ext.upstream_additions import lacking_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def enter(tmp_path, monkeypatch):
+    """Makes a stand-in checkout, switches the hook on, and gives a function that imports."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(upstream_additions, "_complaints", [])
+    monkeypatch.delenv("DOMAINBED_EXT", raising=False)
+    before = dict(sys.modules)
+
+    def enter(**changed):
+        sys.path.insert(0, str(write_checkout(tmp_path / "checkout", **changed)))
+        importlib.invalidate_caches()
+        startup = importlib.import_module("domainbed_ext._startup")
+        startup.install()
+        return lambda module: importlib.import_module(f"domainbed.{module}")
+
+    yield enter
+    for name in [name for name in sys.modules if name.split(".")[0] == "domainbed"]:
+        del sys.modules[name]
+    sys.modules.update({k: v for k, v in before.items() if k.split(".")[0] == "domainbed"})
+    sys.modules.pop("domainbed_ext._startup", None)
+
+
+def show(tmp_path, script, *args, **changed):
+    """What a script of the stand-in checkout prints, in a process of its own."""
+    checkout = write_checkout(tmp_path / "checkout", **changed)
+    start = tmp_path / "start"
+    start.mkdir(exist_ok=True)
+    (start / "sitecustomize.py").write_text("import domainbed_ext._startup\n")
+    env = {k: v for k, v in os.environ.items() if k != "DOMAINBED_EXT"}
+    env["PYTHONPATH"] = os.pathsep.join([str(start), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", f"domainbed.scripts.{script}", *args],
+        capture_output=True,
+        text=True,
+        cwd=checkout,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_algorithms_are_ours_under_their_names(enter):
+    algorithms = enter()("algorithms")
+    assert algorithms.ALGORITHMS == ["ERM", "Fish", *VIT_ALGORITHMS]
+    for name in VIT_ALGORITHMS:
+        found = algorithms.get_algorithm_class(name)
+        assert issubclass(found, own_algorithms.get_algorithm_class(name))
+        assert found.__name__ == name
+    assert algorithms.ERM.__module__ == "domainbed.algorithms"
+
+
+def test_everything_survives_a_reload(enter):
+    load = enter()
+    modules = [load(name) for name in ("algorithms", "datasets", "hparams_registry", "networks")]
+    launchers = load("command_launchers")
+    for _ in range(2):
+        for module in (*modules, launchers):
+            importlib.reload(module)
+    algorithms, datasets, registry, networks = modules
+    assert algorithms.ALGORITHMS == ["ERM", "Fish", *VIT_ALGORITHMS]
+    assert datasets.DATASETS == ["Debug28", "PACS", "RotatedDigits", "ColoredDigits"]
+    assert registry.default_hparams("GMOE", "PACS")["moe_top_k"] == 1
+    assert networks.Featurizer((1, 28, 28), {}) == "a network for digits"
+    assert sorted(launchers.REGISTRY) == ["local", "ltdr_local"]
+
+
+def test_extending_twice_changes_nothing(enter):
+    load = enter()
+    for name in ("algorithms", "datasets", "hparams_registry", "networks", "command_launchers"):
+        module = load(name)
+        upstream_additions.extend(module)
+        function = getattr(module, {"hparams_registry": "_hparams"}.get(name, "Featurizer"), None)
+        if function is not None:
+            assert not hasattr(function.__wrapped__, "__wrapped__")
+    assert load("algorithms").ALGORITHMS.count("LTDR") == 1
+    assert upstream_additions._complaints == []
+
+
+def test_hparams_are_ours_for_ours_and_theirs_for_theirs(enter):
+    registry = enter()("hparams_registry")
+    for name in VIT_ALGORITHMS:
+        for dataset in ("Debug28", "PACS", "SVIRO", "RotatedDigits"):
+            own = hparam_pairs(name, dataset, 3)
+            drawn = registry.random_hparams(name, dataset, 3)
+            assert drawn.pop("schedule_steps") > 0
+            assert drawn == {k: pair[1] for k, pair in own.items() if k != "schedule_steps"}
+    assert registry.random_hparams("ERM", "PACS", 3) == {"lr": 3 / 7, "asked": "PACS"}
+    assert registry.default_hparams("Nobody", "PACS") == {"lr": 5e-5, "asked": "Nobody"}
+    # DomainBed's own grid for digits
+    assert registry.random_hparams("Fish", "ColoredDigits", 0)["asked"] == "ColoredMNIST"
+
+
+def test_schedule_steps_is_the_data_sets_number_of_steps(enter):
+    load = enter()
+    registry, _ = load("hparams_registry"), load("datasets")
+    expected = {"Debug28": 17, "RotatedDigits": 301, "PACS": 5001}
+    for dataset, steps in expected.items():
+        assert registry.default_hparams("LTDR", dataset)["schedule_steps"] == steps
+
+
+def test_a_name_that_the_checkout_has_stays_its_own(enter, caplog):
+    source = MODULES["algorithms"] + "\nclass GMOE:\n    pass\n"
+    load = enter(algorithms=source)
+    with caplog.at_level(logging.WARNING):
+        algorithms = load("algorithms")
+    assert algorithms.GMOE.__module__ == "domainbed.algorithms"
+    assert load("hparams_registry").default_hparams("GMOE", "PACS")["asked"] == "GMOE"
+    assert algorithms.ALGORITHMS == ["ERM", "Fish", *[n for n in VIT_ALGORITHMS if n != "GMOE"]]
+    assert [r.getMessage() for r in caplog.records] == [
+        "gmoe-ltdr: this DomainBed has its own GMOE, which it keeps"
+    ]
+
+
+def test_the_contract_of_an_algorithm(enter, caplog):
+    load = enter()
+    registry, algorithms = load("hparams_registry"), load("algorithms")
+    hparams = registry.default_hparams("LTDR", "Debug28")
+    hparams.update({"lr": 1, "resnet18": True, "schedule": "cosine"})
+    given = dict(hparams)
+    with caplog.at_level(logging.WARNING):
+        algorithm = algorithms.get_algorithm_class("LTDR")((3, 28, 28), 2, 2, hparams)
+    assert hparams == given  # DomainBed writes this very object into the records
+    assert json.loads(json.dumps(hparams)) == hparams
+    assert "LTDR takes no hparam resnet18: ignored" in caplog.text
+    batch = (torch.randn(4, 3, 28, 28), torch.tensor([0, 1, 0, 1]))
+    numbers = algorithm.update([batch, batch], None)
+    assert {type(value) for value in numbers.values()} == {float}
+    algorithm.eval()
+    assert algorithm.predict(batch[0][:1]).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"moe_top_k": 9}, "moe_top_k=9 exceeds"), ({"lr": "high"}, "hparam lr='high' is impossible")],
+)
+def test_impossible_hparams_are_refused(enter, change, said):
+    algorithms = enter()("algorithms")
+    hparams = {**default_hparams("LTDR", "Debug28"), **change}
+    with pytest.raises(UsageError, match=said):
+        algorithms.LTDR((3, 28, 28), 2, 2, hparams)
+    del hparams["backbone"]
+    with pytest.raises(UsageError, match="LTDR needs the hparams backbone"):
+        algorithms.LTDR((3, 28, 28), 2, 2, hparams)
+
+
+def test_small_digits_have_a_network(enter):
+    networks = enter()("networks")
+    network = networks.Featurizer((2, 16, 16), {})
+    assert network(torch.zeros(3, 2, 16, 16)).shape == (3, network.n_outputs)
+    with pytest.raises(NotImplementedError):
+        networks.Featurizer((3, 96, 96), {})
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [
+        ("algorithms", "ALGORITHMS"),
+        ("hparams_registry", "_hparams"),
+        ("datasets", "DATASETS"),
+        ("networks", "Featurizer"),
+        ("command_launchers", "REGISTRY"),
+    ],
+)
+def test_an_unknown_version_costs_one_line(enter, caplog, tmp_path, module, missing):
+    load = enter(**{module: "LIST = []\n", "networks": "x = 1\n"})
+    with caplog.at_level(logging.WARNING):
+        assert load(module).__name__ == f"domainbed.{module}"
+        load("networks")
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage()
+    place = tmp_path / "checkout" / "domainbed" / f"{module}.py"
+    assert f"(domainbed.{module} has no {missing}, in {place})" in record.getMessage() or (
+        module == "networks" and "has no Featurizer" in record.getMessage()
+    )
+    assert f"domainbed.{module}.{missing}" in lacking_names(place.parent)
+
+
+def test_names_of_another_kind_cost_one_line_too(enter, caplog):
+    load = enter(algorithms="ALGORITHMS = ('ERM',)\n", command_launchers="REGISTRY = None\n")
+    with caplog.at_level(logging.WARNING):
+        assert load("algorithms").ALGORITHMS == ("ERM",)
+        assert load("command_launchers").REGISTRY is None
+    (record,) = caplog.records
+    assert "AttributeError: 'tuple' object has no attribute 'append'" in record.getMessage()
+
+
+def test_a_known_version_lacks_nothing(tmp_path):
+    assert lacking_names(write_checkout(tmp_path) / "domainbed") == []
+
+
+def test_a_sweep_keeps_its_default_lists_and_tables_know_all(tmp_path):
+    swept, stderr = show(tmp_path, "sweep")
+    assert stderr == ""
+    assert swept["algorithms"] == ["ERM", "Fish"]
+    assert swept["datasets"] == ["Debug28", "PACS"]
+    assert swept["launchers"] == ["local", "ltdr_local"]
+    records = tmp_path / "sweep" / "one" / "results.jsonl"
+    records.parent.mkdir(parents=True)
+    place = _pictures(tmp_path / "pictures")
+    records.write_text(json.dumps({"args": {"dataset": f"folder:{place}"}}) + "\n")
+    shown, _ = show(tmp_path, "collect_results", "--input_dir", str(tmp_path / "sweep"))
+    assert shown["algorithms"] == ["ERM", "Fish", *VIT_ALGORITHMS]
+    assert shown["datasets"][2:] == ["RotatedDigits", "ColoredDigits", f"folder:{place}"]
+
+
+def test_train_tells_what_domainbed_does_not_pass_on(tmp_path):
+    place = _pictures(tmp_path / "pictures")
+    shown, _ = show(tmp_path, "train", "--dataset", f"folder:{place}", "--steps", "40")
+    assert shown["LTDR"]["schedule_steps"] == 40
+    assert shown["named"] == [f"folder:{place}"]
+    shown, stderr = show(tmp_path, "train", "--dataset=folder:nowhere")
+    assert shown["LTDR"]["schedule_steps"] == 17
+    assert stderr == (
+        "gmoe-ltdr: no data set folder at nowhere (expected domain/class/image below it)\n"
+    )
+
+
+def _pictures(root):
+    for domain in ("day", "night"):
+        for name in ("cat", "dog"):
+            (root / domain / name).mkdir(parents=True)
+            (root / domain / name / "1.png").touch()
+    return root
