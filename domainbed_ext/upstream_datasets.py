@@ -49,15 +49,14 @@ def dataset_in_checkout(dataset_class: Any) -> Any:
             self, root: str | None, test_envs: Sequence[int], hparams: Mapping[str, Any]
         ) -> None:
             super().__init__(root, test_envs, hparams)
-            trained = [env for i, env in enumerate(self.datasets) if i not in test_envs]
-            for environment in trained:
-                _check_batch_size(environment, hparams["batch_size"])
-            self.datasets = [
-                TransformedEnvironment(
-                    env, self.train_transform if env in trained else self.eval_transform
-                )
-                for env in self.datasets
-            ]
+            environments: list[Environment] = list(self.datasets)
+            self.datasets: list[Any] = []
+            for number, environment in enumerate(environments):
+                trained = number not in test_envs
+                if trained:
+                    _check_batch_size(environment, hparams["batch_size"])
+                transform = self.train_transform if trained else self.eval_transform
+                self.datasets.append(TransformedEnvironment(environment, transform))
 
     InCheckout.__name__ = InCheckout.__qualname__ = dataset_class.__name__
     return InCheckout

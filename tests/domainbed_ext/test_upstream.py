@@ -91,7 +91,7 @@ def test_a_checkout_wins(python, tmp_path):
     assert "No module named domainbed.scripts.sweep" in missing.stderr
 
 
-def test_finders_that_ask_all_others_do_not_ask_for_ever(python, tmp_path):
+def test_finders_that_ask_all_others_do_not_ask_for_ever(python):
     code = """
 import sys
 class Delegating:

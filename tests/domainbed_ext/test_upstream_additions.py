@@ -47,9 +47,9 @@ def enter(tmp_path, monkeypatch):
     sys.modules.pop("domainbed_ext._startup", None)
 
 
-def show(tmp_path, script, *args, **changed):
+def show(tmp_path, script, *args):
     """What a script of the stand-in checkout prints, in a process of its own."""
-    checkout = write_checkout(tmp_path / "checkout", **changed)
+    checkout = write_checkout(tmp_path / "checkout")
     start = tmp_path / "start"
     start.mkdir(exist_ok=True)
     (start / "sitecustomize.py").write_text("import domainbed_ext._startup\n")
@@ -215,31 +215,60 @@ def test_a_known_version_lacks_nothing(tmp_path):
     assert lacking_names(write_checkout(tmp_path) / "domainbed") == []
 
 
-def test_a_sweep_keeps_its_default_lists_and_tables_know_all(tmp_path):
-    swept, stderr = show(tmp_path, "sweep")
-    assert stderr == ""
-    assert swept["algorithms"] == ["ERM", "Fish"]
-    assert swept["datasets"] == ["Debug28", "PACS"]
-    assert swept["launchers"] == ["local", "ltdr_local"]
-    records = tmp_path / "sweep" / "one" / "results.jsonl"
-    records.parent.mkdir(parents=True)
+@pytest.fixture
+def run_as(monkeypatch, tmp_path):
+    """Makes this process look like one of the checkout's scripts."""
+
+    def run_as(script, *args):
+        file = tmp_path / "checkout" / "domainbed" / "scripts" / f"{script}.py"
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(file))
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, args)])
+
+    return run_as
+
+
+def test_a_sweep_keeps_its_default_lists(enter, run_as):
+    run_as("sweep", "launch")
+    load = enter()
+    assert load("algorithms").ALGORITHMS == ["ERM", "Fish"]
+    assert load("datasets").DATASETS == ["Debug28", "PACS"]
+    # and knows what can be asked for
+    assert load("algorithms").get_algorithm_class("LTDR").__name__ == "LTDR"
+    assert load("datasets").get_dataset_class("RotatedDigits").N_STEPS == 301
+
+
+def test_tables_list_everything(enter, run_as, tmp_path):
     place = _pictures(tmp_path / "pictures")
-    records.write_text(json.dumps({"args": {"dataset": f"folder:{place}"}}) + "\n")
-    shown, _ = show(tmp_path, "collect_results", "--input_dir", str(tmp_path / "sweep"))
-    assert shown["algorithms"] == ["ERM", "Fish", *VIT_ALGORITHMS]
-    assert shown["datasets"][2:] == ["RotatedDigits", "ColoredDigits", f"folder:{place}"]
+    for job, dataset in (("1", f"folder:{place}"), ("2", "PACS"), ("3", f"folder:{place}")):
+        (tmp_path / "sweep" / job).mkdir(parents=True)
+        line = json.dumps({"args": {"dataset": dataset}})
+        (tmp_path / "sweep" / job / "results.jsonl").write_text(line + "\n")
+    (tmp_path / "sweep" / "3" / "results.jsonl").write_text("{broken")
+    run_as("collect_results", "--input_dir", tmp_path / "sweep")
+    load = enter()
+    assert load("algorithms").ALGORITHMS == ["ERM", "Fish", *VIT_ALGORITHMS]
+    assert load("datasets").DATASETS[2:] == ["RotatedDigits", "ColoredDigits", f"folder:{place}"]
+    assert load("datasets").get_dataset_class(f"folder:{place}").ENVIRONMENTS == ("day", "night")
+
+
+def test_a_folder_that_is_not_there_costs_one_line(enter, run_as, caplog):
+    run_as("train", "--dataset=folder:nowhere")
+    with caplog.at_level(logging.WARNING):
+        datasets = enter()("datasets")
+    assert "folder:nowhere" not in vars(datasets)
+    assert [record.getMessage() for record in caplog.records] == [
+        "gmoe-ltdr: no data set folder at nowhere (expected domain/class/image below it)"
+    ]
 
 
 def test_train_tells_what_domainbed_does_not_pass_on(tmp_path):
     place = _pictures(tmp_path / "pictures")
-    shown, _ = show(tmp_path, "train", "--dataset", f"folder:{place}", "--steps", "40")
+    shown, stderr = show(tmp_path, "train", "--dataset", f"folder:{place}", "--steps", "40")
+    assert stderr == ""
     assert shown["LTDR"]["schedule_steps"] == 40
     assert shown["named"] == [f"folder:{place}"]
-    shown, stderr = show(tmp_path, "train", "--dataset=folder:nowhere")
-    assert shown["LTDR"]["schedule_steps"] == 17
-    assert stderr == (
-        "gmoe-ltdr: no data set folder at nowhere (expected domain/class/image below it)\n"
-    )
+    assert shown["algorithms"] == ["ERM", "Fish", *VIT_ALGORITHMS]
+    assert shown["launchers"] == ["local", "ltdr_local"]
 
 
 def _pictures(root):
