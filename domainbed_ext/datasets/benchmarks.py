@@ -42,11 +42,15 @@ class Benchmark(ImageFileDataset):
     @classmethod
     def index(cls, root: str | Path) -> ImageIndex:
         """Lists the folder below ``root``."""
+        return cls.index_of(Path(root) / cls.FOLDER)
+
+    @classmethod
+    def index_of(cls, folder: Path) -> ImageIndex:
+        """Lists a folder that holds this data set."""
         name = cls.__name__
-        folder = Path(root) / cls.FOLDER
         index = scan_folder(
             folder,
-            hint=f"put {name} there (python -m domainbed_ext.scripts.download {name} says how), "
+            hint=f"put {name} there (python -m domainbed_ext.scripts.download {name} fetches it), "
             "or pass the --data_dir that holds it",
         )
         if len(index.domains) != len(cls.ENVIRONMENTS):
