@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import VIT_ALGORITHMS, hparam_names, hparam_pairs, validate_hparams
 from domainbed_ext.upstream_programs import datasets_asked_for, program, train_flags
@@ -143,12 +145,15 @@ def _add_hparams(module: Any) -> None:
     original = _without_addition(module._hparams)
 
     @functools.wraps(original)
-    def _hparams(algorithm: str, dataset: str, random_seed: int) -> dict[str, tuple[Any, Any]]:
+    def _hparams(algorithm: str, dataset: str, random_seed: Any) -> dict[str, tuple[Any, Any]]:
         if algorithm not in VIT_ALGORITHMS or _is_theirs(
             sys.modules.get("domainbed.algorithms"), algorithm
         ):
             return original(algorithm, _SAME_GRID_AS.get(dataset, dataset), random_seed)
-        pairs = hparam_pairs(algorithm, dataset, random_seed)
+        # Versions before November 2020, and SWAD's, hand over a generator instead of a seed.
+        if isinstance(random_seed, np.random.RandomState):
+            random_seed = random_seed.randint(2**31)
+        pairs = hparam_pairs(algorithm, dataset, int(random_seed))
         # DomainBed does not tell an algorithm how long its run is.
         steps = _num_steps(dataset)
         return {**pairs, "schedule_steps": (steps, steps)}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_checkout import MODULES, write_checkout
@@ -115,6 +116,15 @@ def test_hparams_are_ours_for_ours_and_theirs_for_theirs(enter):
     assert registry.default_hparams("Nobody", "PACS") == {"lr": 5e-5, "asked": "Nobody"}
     # DomainBed's own grid for digits
     assert registry.random_hparams("Fish", "ColoredDigits", 0)["asked"] == "ColoredMNIST"
+
+
+def test_versions_that_hand_over_a_generator_draw_from_it(enter):
+    registry = enter()("hparams_registry")
+    draws = [
+        registry._hparams("LTDR", "PACS", np.random.RandomState(seed))["lr"][1]
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
 
 
 def test_schedule_steps_is_the_data_sets_number_of_steps(enter):
