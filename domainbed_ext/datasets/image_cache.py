@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def use_image_cache(
         announce: Gets a line on what is used, or why nothing is.
         progress: Called while the cache is built.
     """
-    from domainbed_ext.datasets.image_cache_build import build_image_cache
+    from domainbed_ext.datasets.image_cache_build import build_image_cache, room_problem
 
     environments = [env for env in dataset.datasets if isinstance(env, FileEnvironment)]
     if options.mode == OFF or not environments or len(environments) < len(dataset.datasets):
@@ -91,27 +92,35 @@ def use_image_cache(
             f"--image_cache {side} is smaller than the model's input of "
             f"{max(dataset.input_shape[1:])} pixels; pass 320 or so, or --image_cache {EXACT}"
         )
-    key = source_key(environments, options.mode, dataset.fingerprint())
-    folder = options.folder / f"{_folder_name(name)}-{options.mode}-{key}"
-    num_images = sum(map(len, environments))
-    found = read_cache(folder, num_images)
-    if found is None:
-        paths = [path for environment in environments for path in environment.paths]
-        problem = build_image_cache(folder, paths, options, announce=announce, progress=progress)
-        found = None if problem else read_cache(folder, num_images)
+    paths = [path for environment in environments for path in environment.paths]
+    prefix = f"{_folder_name(name)}-{options.mode}-"
+    problem, found = None, None
+    if not any(options.folder.glob(prefix + "*")):
+        # before asking for the state of each file, which takes long for a large data set
+        problem = room_problem(paths, options)
+    if problem is None:
+        folder = options.folder / (
+            prefix + source_key(environments, options.mode, dataset.fingerprint())
+        )
+        found = read_cache(folder, len(paths))
         if found is None:
-            if side is not None:
-                # decoding instead would be another run under the same name
-                raise UsageError(f"--image_cache {side}: {problem}")
-            announce(f"image cache: not used, images are decoded as needed: {problem}")
-            return
+            problem = build_image_cache(
+                folder, paths, options, announce=announce, progress=progress
+            )
+            found = read_cache(folder, len(paths))
+    if found is None:
+        if side is not None:
+            # decoding instead would be another run under the same name
+            raise UsageError(f"--image_cache {side}: {problem}")
+        announce(f"image cache: not used, images are decoded as needed: {problem}")
+        return
     offsets, sizes = found
     _attach(environments, folder, offsets, sizes)
     dataset.image_side = side
     num_absent = int((offsets == ABSENT).sum())
     broken = f", {num_absent} that cannot be read (`ltdr data check` names them)"
     announce(
-        f"image cache: {num_images:,} decoded images in {folder}{broken if num_absent else ''}"
+        f"image cache: {len(paths):,} decoded images in {folder}{broken if num_absent else ''}"
     )
 
 
@@ -150,14 +159,24 @@ def source_key(environments: Sequence[FileEnvironment], mode: str, fingerprint: 
     digest = hashlib.sha256(json.dumps([FORMAT, mode, fingerprint, decoder]).encode())
     paths = [os.path.abspath(path) for environment in environments for path in environment.paths]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    # Threads: on a network disk each answer is a journey.
+    with ThreadPoolExecutor(16) as threads:
+        chunks = [paths[start : start + 1024] for start in range(0, len(paths), 1024)]
+        for chunk, states in zip(chunks, threads.map(_file_states, chunks), strict=True):
+            for path, state in zip(chunk, states, strict=True):
+                digest.update(f"{path[len(root) :]}\0{state}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _file_states(paths: Sequence[str]) -> list[str]:
+    states = []
     for path in paths:
         try:
             status = os.stat(path)
-            state = f"{status.st_size} {status.st_mtime_ns}"
+            states.append(f"{status.st_size} {status.st_mtime_ns}")
         except OSError:
-            state = "absent"
-        digest.update(f"{path[len(root) :]}\0{state}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]
+            states.append("absent")
+    return states
 
 
 def _folder_name(name: str) -> str:

@@ -57,19 +57,32 @@ def build_image_cache(
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         # before the lock: a hopeless case must wait for nobody
-        _check_room(folder, _estimated_bytes(paths, options.side), options)
+        _check_room(_estimated_bytes(paths, options.side), options, _marker(folder))
         with _lock(options.folder, announce):
             if read_cache(folder, len(paths)) is not None:
                 return None
-            _check_room(folder, 0, options)
+            _check_room(0, options, _marker(folder))
             announce(f"image cache: decoding {len(paths):,} images into {folder}")
             _build(folder, paths, options, progress)
-    except NoRoomError as error:
-        return str(error)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        return f"{options.folder}: {reason}; pass another --image_cache_dir"
+    except (NoRoomError, OSError) as error:
+        return _reason(error, options)
     return None
+
+
+def room_problem(paths: Sequence[str], options: ImageCacheOptions) -> str | None:
+    """Why a cache of these files cannot be, as far as a glance at some of them tells; or None."""
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        _check_room(_estimated_bytes(paths, options.side), options)
+    except (NoRoomError, OSError) as error:
+        return _reason(error, options)
+    return None
+
+
+def _reason(error: NoRoomError | OSError, options: ImageCacheOptions) -> str:
+    if isinstance(error, NoRoomError):
+        return str(error)
+    return f"{options.folder}: {error.strerror or error}; pass another --image_cache_dir"
 
 
 def _build(
@@ -103,7 +116,7 @@ def _build(
     except NoRoomError as error:
         # that much was needed at least: the next job need not find out again
         needed = writer.end * len(paths) // max(chunk.start, 1)
-        folder.with_name(folder.name + TOO_LARGE).write_text(str(needed), encoding="utf-8")
+        _marker(folder).write_text(str(needed), encoding="utf-8")
         raise NoRoomError(_no_room(needed, options)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -167,10 +180,15 @@ def num_threads() -> int:
     return min(available or 1, MAX_THREADS)
 
 
-def _check_room(folder: Path, needed: int, options: ImageCacheOptions) -> None:
-    marker = folder.with_name(folder.name + TOO_LARGE)
-    with contextlib.suppress(OSError, ValueError):
-        needed = max(needed, int(marker.read_text(encoding="utf-8")))
+def _marker(folder: Path) -> Path:
+    """Where it is noted that a build found too little room, with the bytes that it would take."""
+    return folder.with_name(folder.name + TOO_LARGE)
+
+
+def _check_room(needed: int, options: ImageCacheOptions, marker: Path | None = None) -> None:
+    if marker is not None:
+        with contextlib.suppress(OSError, ValueError):
+            needed = max(needed, int(marker.read_text(encoding="utf-8")))
     if needed > options.limit_gb * GB - used_bytes(options.folder):
         raise NoRoomError(_no_room(needed, options))
     free = shutil.disk_usage(options.folder).free

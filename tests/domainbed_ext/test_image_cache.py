@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from domainbed_ext.datasets import get_dataset_class, image_cache_build
+from domainbed_ext.datasets import get_dataset_class, image_cache, image_cache_build
 from domainbed_ext.datasets.image_cache import read_cache, use_image_cache
 from domainbed_ext.datasets.image_cache_build import reduced_size
 from domainbed_ext.datasets.image_cache_flags import ImageCacheOptions
@@ -363,3 +363,13 @@ def test_provenance_names_the_side(pictures, tmp_path):
     assert found["data_fingerprint"].endswith("-40px")
     (cache,) = (tmp_path / "cache").glob("pictures-40-*")
     assert read_cache(cache, 20) is not None
+
+
+def test_a_hopeless_data_set_costs_no_look_at_each_file(pictures, tmp_path, monkeypatch):
+    """DomainNet has 586,575 files, and each job would ask for their state in vain."""
+
+    def look(paths):
+        raise AssertionError("looked at each file")
+
+    monkeypatch.setattr(image_cache, "_file_states", look)
+    assert "not used" in Setting(pictures, tmp_path, gb=1e-5).lines[0]
