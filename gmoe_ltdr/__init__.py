@@ -6,6 +6,7 @@ package registers `ltdr_*` and `gmoe_*` models with timm.
 
 import gmoe_ltdr.small_vits  # noqa: F401  registers its models with timm
 from gmoe_ltdr.collect import collect_routing, moe_layers
+from gmoe_ltdr.engines import use_expert_backend
 from gmoe_ltdr.losses import balance_loss
 from gmoe_ltdr.models import create_moe_vit, load_model, save_model
 from gmoe_ltdr.moe import MoE
@@ -33,4 +34,5 @@ __all__ = [
     "preset",
     "save_model",
     "upcycle_",
+    "use_expert_backend",
 ]
