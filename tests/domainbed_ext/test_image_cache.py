@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -164,11 +165,27 @@ def test_a_damaged_cache_is_built_again(pictures, tmp_path, file, damage):
     assert_same(batches(again.dataset), batches(plain(pictures)))
 
 
+def _build_slowly(pictures, tmp_path):
+    image_cache_build.CHUNK = 2
+    Setting(pictures, tmp_path, progress=lambda *_: time.sleep(0.5))
+
+
 def test_what_a_killed_builder_left_is_cleared(pictures, tmp_path):
-    (cache,) = Setting(pictures, tmp_path).caches
-    cache.rename(cache.with_name(cache.name + ".partial"))
-    (cache.with_name(cache.name + ".partial") / "images.bin").write_bytes(b"half")
-    assert Setting(pictures, tmp_path).caches == [cache]
+    builder = multiprocessing.get_context("fork").Process(
+        target=_build_slowly, args=(pictures, tmp_path)
+    )
+    builder.start()
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("*.partial/images.bin")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    builder.kill()
+    builder.join()
+    (left,) = (tmp_path / "cache").glob("*.partial")
+    again = Setting(pictures, tmp_path)
+    assert again.decoded
+    assert [path.name + ".partial" for path in again.caches] == [left.name]
+    assert_same(batches(again.dataset), batches(plain(pictures)))
 
 
 def test_an_interrupted_build_leaves_nothing(pictures, tmp_path):
