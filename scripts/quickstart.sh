@@ -4,7 +4,7 @@
 # Run it again to go on where it was stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install_here .
+install_here ".[emoji]"
 
 .venv/bin/python -m domainbed.scripts.sweep launch \
     --algorithms ERM_ViT GMOE LTDR --datasets RotatedDigits --test_envs 0 3 --single_test_envs \
