@@ -65,12 +65,15 @@ def choose_backend(experts: StackedExperts, tokens_ND: Tensor) -> str:
     return "loop" if has_parameters else "blocked"
 
 
+def grouped_possible(experts: StackedExperts, tokens_ND: Tensor) -> bool:
+    """Whether there is a `grouped_mm`, and rows of the 16 bytes at a time that it loads."""
+    row_bytes = [size * tokens_ND.element_size() for size in experts.fc1_weight.shape[1:]]
+    return hasattr(F, "grouped_mm") and not any(size % 16 for size in row_bytes)
+
+
 def grouped_fits(experts: StackedExperts, tokens_ND: Tensor) -> bool:
     """Whether `grouped_mm` takes these rows without falling back to a slow path."""
-    if not hasattr(F, "grouped_mm") or tokens_ND.dtype != torch.bfloat16:
-        return False
-    # its kernels load 16 bytes at a time
-    if any(size * tokens_ND.element_size() % 16 for size in experts.fc1_weight.shape[1:]):
+    if tokens_ND.dtype != torch.bfloat16 or not grouped_possible(experts, tokens_ND):
         return False
     return not tokens_ND.is_cuda or torch.cuda.get_device_capability(tokens_ND.device) >= (8, 0)
 
@@ -136,6 +139,13 @@ def _batched_linear(rows_EnI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None
 
 def grouped(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     """`grouped_mm` on rows and offsets; the number of rows per expert stays on the device."""
+    if not grouped_possible(experts, tokens_ND):
+        _, hidden_dim, dim = experts.fc1_weight.shape
+        raise ValueError(
+            "the grouped back end needs torch.nn.functional.grouped_mm and rows of a multiple of "
+            f"16 bytes; PyTorch is {torch.__version__}, rows are {dim} and {hidden_dim} values of "
+            f"{tokens_ND.dtype}; use the back end 'auto'"
+        )
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights_like(experts, tokens_ND)
     ends_E = tokens_per_expert_E.cumsum(0).to(torch.int32)
     hidden_NF = _grouped_linear(tokens_ND, fc1_weight, fc1_bias, ends_E)

@@ -203,6 +203,10 @@ def test_choosing_is_refused_with_the_way_out():
     next(iter(moe_layers(model).values())).dispatcher = object()
     with pytest.raises(ValueError, match="one device"):
         use_expert_backend(model, "dense")
+    odd = StackedExperts(2, 8, 15)
+    odd.backend = "grouped"
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        odd(torch.randn(3, 8), torch.tensor([1, 2]))
     if not triton_available():
         layer = StackedExperts(2, 4, 4)
         layer.backend = "triton"
