@@ -149,16 +149,25 @@ def _add_hparams(module: Any) -> None:
         if algorithm not in VIT_ALGORITHMS or _is_theirs(
             sys.modules.get("domainbed.algorithms"), algorithm
         ):
-            return original(algorithm, _SAME_GRID_AS.get(dataset, dataset), random_seed)
-        # Versions before November 2020, and SWAD's, hand over a generator instead of a seed.
-        if isinstance(random_seed, np.random.RandomState):
-            random_seed = random_seed.randint(2**31)
-        pairs = hparam_pairs(algorithm, dataset, int(random_seed))
+            pairs = original(algorithm, _SAME_GRID_AS.get(dataset, dataset), random_seed)
+            if dataset in _SAME_GRID_AS:
+                # but batches that a domain of digits can fill
+                erm = hparam_pairs("ERM", dataset, _as_seed(random_seed))
+                pairs = {**pairs, "batch_size": erm["batch_size"]}
+            return pairs
+        pairs = hparam_pairs(algorithm, dataset, _as_seed(random_seed))
         # DomainBed does not tell an algorithm how long its run is.
         steps = _num_steps(dataset)
         return {**pairs, "schedule_steps": (steps, steps)}
 
     module._hparams = _hparams
+
+
+def _as_seed(random_seed: Any) -> int:
+    # Versions before November 2020, and SWAD's, hand over a generator instead of a seed.
+    if isinstance(random_seed, np.random.RandomState):
+        random_seed = random_seed.randint(2**31)
+    return int(random_seed)
 
 
 def _num_steps(dataset: str) -> int:

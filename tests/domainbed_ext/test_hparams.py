@@ -68,6 +68,12 @@ def test_erm_takes_small_images_as_domainbed_does():
         assert default_hparams("ERM", dataset)["batch_size"] == 64
 
 
+def test_a_domain_of_digits_fills_every_batch_that_is_drawn():
+    for algorithm in ALGORITHMS:
+        draws = [random_hparams(algorithm, "RotatedDigits", seed) for seed in range(200)]
+        assert max(draw["batch_size"] for draw in draws) <= 1797 // 6 * 4 // 5
+
+
 @pytest.mark.upstream
 @needs_upstream
 def test_erm_is_upstreams_on_every_data_set_and_many_seeds():

@@ -18,7 +18,7 @@ from fake_checkout import MODULES, write_checkout
 import domainbed_ext.algorithms as own_algorithms
 from domainbed_ext import upstream_additions
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparams import VIT_ALGORITHMS, default_hparams, hparam_pairs
+from domainbed_ext.hparams import VIT_ALGORITHMS, default_hparams, hparam_pairs, random_hparams
 from domainbed_ext.upstream_additions import lacking_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,8 +114,10 @@ def test_hparams_are_ours_for_ours_and_theirs_for_theirs(enter):
             assert drawn == {k: pair[1] for k, pair in own.items() if k != "schedule_steps"}
     assert registry.random_hparams("ERM", "PACS", 3) == {"lr": 3 / 7, "asked": "PACS"}
     assert registry.default_hparams("Nobody", "PACS") == {"lr": 5e-5, "asked": "Nobody"}
-    # DomainBed's own grid for digits
-    assert registry.random_hparams("Fish", "ColoredDigits", 0)["asked"] == "ColoredMNIST"
+    # DomainBed's own grid for digits, but batches that a domain of them can fill
+    drawn = registry.random_hparams("Fish", "ColoredDigits", 3)
+    assert drawn["asked"] == "ColoredMNIST"
+    assert drawn["batch_size"] == random_hparams("ERM", "ColoredDigits", 3)["batch_size"]
 
 
 def test_versions_that_hand_over_a_generator_draw_from_it(enter):
