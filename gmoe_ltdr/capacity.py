@@ -78,11 +78,13 @@ def limit_to_capacity(
     """
     mask_TE = routing.dispatch_mask_TE
     with torch.no_grad():
-        selection_TE = routing.selection_logits_TE
-        rank_TE = expert_rank(selection_TE)
-        kept_TE = mask_TE & (
-            _slot(mask_TE, rank_TE, selection_TE, prioritised=prioritised) < capacity
+        slot_TE = _slot(
+            mask_TE,
+            routing.selection_logits_TE,
+            prioritised=prioritised,
+            num_levels=routing.max_experts_per_token or mask_TE.shape[1],
         )
+        kept_TE = mask_TE & (slot_TE < capacity)
     weights_TE = routing.combine_weights_TE * kept_TE
     if renormalize:
         total_T1 = weights_TE.sum(-1, keepdim=True)
@@ -95,19 +97,22 @@ def limit_to_capacity(
     )
 
 
-def _slot(mask_TE: Tensor, rank_TE: Tensor, selection_TE: Tensor, *, prioritised: bool) -> Tensor:
+def _slot(mask_TE: Tensor, selection_TE: Tensor, *, prioritised: bool, num_levels: int) -> Tensor:
     """Position of every choice in its expert's queue, int64 (T, E)."""
     num_tokens, num_experts = mask_TE.shape
+    # first choice, second choice, ... of each token: its place among the chosen, which is not its
+    # place among all when the second expert was drawn
+    choice_TE = expert_rank(selection_TE.masked_fill(~mask_TE, -torch.inf))
     if prioritised:
         top_prob_T = selection_TE.softmax(-1).amax(-1)
         order_T = top_prob_T.argsort(descending=True, stable=True)
     else:
         order_T = torch.arange(num_tokens, device=mask_TE.device)
-    mask_TE, rank_TE = mask_TE[order_T], rank_TE[order_T]
-    slot_TE = torch.zeros_like(rank_TE)
-    taken_E = rank_TE.new_zeros(num_experts)
-    for level in range(num_experts):
-        level_TE = mask_TE & (rank_TE == level)
+    mask_TE, choice_TE = mask_TE[order_T], choice_TE[order_T]
+    slot_TE = torch.zeros_like(choice_TE)
+    taken_E = choice_TE.new_zeros(num_experts)
+    for level in range(num_levels):
+        level_TE = mask_TE & (choice_TE == level)
         # along the contiguous axis, which a GPU scans in parallel
         queue_TE = level_TE.T.contiguous().cumsum(1).T - 1 + taken_E
         slot_TE = torch.where(level_TE, queue_TE, slot_TE)

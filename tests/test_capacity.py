@@ -105,6 +105,16 @@ def test_extra_choices_of_tail_tokens_come_last():
     assert limited.dispatch_mask_TE.tolist() == [[False, True], [True, False]]
 
 
+def test_a_drawn_second_expert_is_a_second_choice():
+    # token 0 draws expert 2, its last by probability; token 1's second is expert 2 as well
+    gumbel = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 0.0]])
+    plan = decide([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]], 2, gumbel_TE=gumbel)
+    assert plan.dispatch_mask_TE.tolist() == [[True, False, True]] * 2
+    limited = limit_to_capacity(plan, 1, prioritised=False)
+    # both are second choices, so the earlier token keeps the slot
+    assert limited.dispatch_mask_TE.tolist() == [[True, False, True], [False, False, False]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 30), st.integers(2, 6), st.integers(0, 8), st.booleans(), st.integers(0, 99))
 def test_capacity_is_never_exceeded_and_monotone(tokens, experts, capacity, prioritised, seed):
