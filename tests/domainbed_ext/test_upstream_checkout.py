@@ -185,7 +185,9 @@ def test_a_failed_job_fails_the_sweep(python, tmp_path):
     flags += ["--hparams", '{"batch_size": 8, "moe_top_k": 9}']
     done = python("-m", "domainbed.scripts.sweep", "launch", *flags, status=1)
     assert "error: 3 of 3 jobs failed" in done.stderr
-    assert "moe_top_k=9 exceeds moe_num_experts=6" in done.stderr
+    said = [file.read_text() for file in tmp_path.glob("*/err.txt")]
+    assert len(said) == 3
+    assert all("moe_top_k=9 exceeds moe_num_experts=6" in text for text in said)
 
 
 def test_its_own_tests_pass(python):
