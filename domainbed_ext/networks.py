@@ -18,7 +18,9 @@ from domainbed_ext.errors import UsageError
 _SMALL_IMAGE = 32
 
 
-def create_featurizer(input_shape: tuple[int, int, int], hparams: Mapping[str, Any]) -> nn.Module:
+def create_featurizer(
+    input_shape: tuple[int, int, int], hparams: Mapping[str, Any]
+) -> SmallConvNet | ResNet:
     """A network from images (B, C, H, W) to features (B, n_outputs).
 
     Raises:
@@ -69,6 +71,9 @@ class ResNet(nn.Module):
         UsageError: The pretrained weights could not be loaded.
     """
 
+    n_outputs: int
+    weights_tag: str
+
     def __init__(self, in_chans: int, hparams: Mapping[str, Any]):
         super().__init__()
         if hparams["resnet50_augmix"]:
@@ -87,7 +92,7 @@ class ResNet(nn.Module):
                 "use ERM_ViT with pretrained=false"
             ) from error
         self.weights_tag = name
-        self.n_outputs = self.network.num_features
+        self.n_outputs = int(self.network.num_features)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(hparams["resnet_dropout"])
         self.freeze_bn = bool(hparams["freeze_bn"])
 

@@ -101,16 +101,16 @@ class _BlockedExperts(torch.autograd.Function):
                 scale = 1 / (1 - ctx.p)
                 hidden_nF.mul_(kept_NF[rows]).mul_(scale)
                 grad_nF.mul_(kept_NF[rows]).mul_(scale)
-            if needs_w2:
+            if grad_w2 is not None:
                 _add_product(grad_w2[e], grad_nD.t(), hidden_nF, first=first)
-            if needs_b2:
+            if grad_b2 is not None:
                 grad_b2[e] += grad_nD.sum(0)
             grad_nF = _activation_gradient(ctx.act, pre_nF, grad_nF)
-            if needs_w1:
+            if grad_w1 is not None:
                 _add_product(grad_w1[e], grad_nF.t(), tokens_ND[rows], first=first)
-            if needs_b1:
+            if grad_b1 is not None:
                 grad_b1[e] += grad_nF.sum(0)
-            if needs_tokens:
+            if grad_tokens_ND is not None:
                 torch.mm(grad_nF, fc1_weight[e], out=grad_tokens_ND[rows])
         return grad_tokens_ND, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
 

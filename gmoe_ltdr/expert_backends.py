@@ -90,8 +90,13 @@ def triton_fits(experts: StackedExperts, tokens_ND: Tensor) -> bool:
 
 def weights_like(experts: StackedExperts, tokens_ND: Tensor) -> Weights:
     """The experts' weights in the rows' type: they differ under autocast."""
-    weights = (experts.fc1_weight, experts.fc1_bias, experts.fc2_weight, experts.fc2_bias)
-    return tuple(None if w is None else w.to(tokens_ND.dtype) for w in weights)
+    dtype = tokens_ND.dtype
+    return (
+        experts.fc1_weight.to(dtype),
+        None if experts.fc1_bias is None else experts.fc1_bias.to(dtype),
+        experts.fc2_weight.to(dtype),
+        None if experts.fc2_bias is None else experts.fc2_bias.to(dtype),
+    )
 
 
 def loop(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
             "balance_loss got no routing: run the model inside `with collect_routing(model) as "
             "routings:` and check that it has MoE layers"
         )
-    total = sum(0.0 * plan.logits_TE.sum() for plan in plans)
+    total = torch.stack([0.0 * plan.logits_TE.sum() for plan in plans]).sum()
     if spec.balance == "none":
         return total
     per_modality = spec.router_options.get("balance_weights")

@@ -53,8 +53,8 @@ def create_moe_vit(
         ValueError: Pretrained weights were asked for, and timm knows none for this name.
         RuntimeError: They could not be loaded. A model never starts from random weights silently.
     """
-    dense = create_dense_vit(name, pretrained=pretrained, **timm_kwargs)
-    model = upcycle_(dense, spec, ep_group=ep_group)
+    dense: Any = create_dense_vit(name, pretrained=pretrained, **timm_kwargs)
+    model: Any = upcycle_(dense, spec, ep_group=ep_group)
     placement = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
     kept = {k: v for k, v in timm_kwargs.items() if k not in placement and v is not None}
     model.moe_config = {"backbone": name, "timm_kwargs": kept, "spec": spec.to_dict()}
@@ -173,7 +173,7 @@ def load_model(
     if dispatcher is None and ep_group is not None and spec.dispatcher == "local":
         dispatcher = "auto"
     if dispatcher is not None:
-        spec = replace(spec, dispatcher=dispatcher)
+        spec = MoESpec.from_dict({**spec.to_dict(), "dispatcher": dispatcher})
     model = create_moe_vit(
         config["backbone"], spec, pretrained=False, ep_group=ep_group, **config["timm_kwargs"]
     )
@@ -200,9 +200,9 @@ def _moe_config(model: nn.Module) -> dict[str, Any]:
         )
     kwargs = dict(getattr(model, "_model_args", {}))
     kwargs.setdefault("num_classes", model.num_classes)
-    patch_embed = getattr(model, "patch_embed", None)
-    if getattr(patch_embed, "img_size", None) is not None:
-        kwargs.setdefault("img_size", list(patch_embed.img_size))
+    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if img_size is not None:
+        kwargs.setdefault("img_size", list(img_size))
     spec = next(iter(layers.values())).spec
     return {"backbone": name, "timm_kwargs": kwargs, "spec": spec.to_dict()}
 

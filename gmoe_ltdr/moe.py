@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,11 @@ class MoE(nn.Module):
         self.dispatcher = create_dispatcher(
             spec.dispatcher, num_experts=spec.num_experts, group=ep_group
         )
-        options = {"dropout": spec.expert_dropout, "act_layer": act_layer, "bias": bias}
+        options: dict[str, Any] = {
+            "dropout": spec.expert_dropout,
+            "act_layer": act_layer,
+            "bias": bias,
+        }
         # all of them first, so that a seed gives the same experts on any number of ranks
         self.experts = StackedExperts(spec.num_experts, dim, hidden_dim, **options)
         if self.ep_group is not None:
@@ -77,7 +82,7 @@ class MoE(nn.Module):
             for name, parameter in list(self.experts.named_parameters()):
                 held_part = parameter.detach()[held.start : held.stop].clone()
                 setattr(self.experts, name, nn.Parameter(held_part))
-        self.shared_experts = None
+        self.shared_experts: StackedExperts | None = None
         if spec.shared_experts:
             self.shared_experts = StackedExperts(spec.shared_experts, dim, hidden_dim, **options)
 
@@ -102,15 +107,9 @@ class MoE(nn.Module):
         expert_out_ND = dispatched.run(self.experts)
         out_TD = self.dispatcher.combine(expert_out_ND, dispatched)
         if self.shared_experts is not None:
-            out_TD = out_TD + self._shared(tokens_TD, ~routing.of(Modality.PADDING))
+            real_T = ~routing.of(Modality.PADDING)
+            out_TD = out_TD + _sum_of_shared(self.shared_experts, tokens_TD, real_T)
         return out_TD.view(x.shape)
-
-    def _shared(self, tokens_TD: Tensor, real_T: Tensor) -> Tensor:
-        """Sum of the shared experts, on every token that is not padding."""
-        num_shared, num_tokens = self.shared_experts.num_experts, tokens_TD.shape[0]
-        out_TD = self.shared_experts(tokens_TD.repeat(num_shared, 1), [num_tokens] * num_shared)
-        out_TD = out_TD.view(num_shared, num_tokens, -1).sum(0)
-        return torch.where(real_T.unsqueeze(-1), out_TD, torch.zeros_like(out_TD))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Checkpoints hold all experts: take the part that is held here."""
@@ -127,3 +126,11 @@ class MoE(nn.Module):
         text = f"num_experts={spec.num_experts}, top_k={spec.top_k}, router={spec.router!r}"
         held = self.held_experts
         return text if self.ep_group is None else f"{text}, here={held.start}..{held.stop - 1}"
+
+
+def _sum_of_shared(experts: StackedExperts, tokens_TD: Tensor, real_T: Tensor) -> Tensor:
+    """Sum of the shared experts, on every token that is not padding."""
+    num_shared, num_tokens = experts.num_experts, tokens_TD.shape[0]
+    out_TD = experts(tokens_TD.repeat(num_shared, 1), [num_tokens] * num_shared)
+    out_TD = out_TD.view(num_shared, num_tokens, -1).sum(0)
+    return torch.where(real_T.unsqueeze(-1), out_TD, torch.zeros_like(out_TD))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,14 @@ class TokenContext:
                 )
 
     @classmethod
-    def all_vision(cls, batch: int, length: int, *, num_prefix_tokens: int = 0, device=None):
+    def all_vision(
+        cls,
+        batch: int,
+        length: int,
+        *,
+        num_prefix_tokens: int = 0,
+        device: torch.device | str | None = None,
+    ) -> TokenContext:
         """Context of a plain ViT: every token is a vision token.
 
         Args:
@@ -139,7 +147,9 @@ class Routing:
 
     def detach(self) -> Routing:
         """The same decision without its graph: for statistics that outlive a step."""
-        tensors = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {
+            k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **tensors)
 
 

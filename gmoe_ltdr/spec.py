@@ -121,11 +121,11 @@ class MoESpec:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if Modality.PADDING in self.balanced_modalities:
             raise ValueError("balanced_modalities must not hold PADDING: padding is in no loss")
-        for name, choices in OPTIONS.items():
+        for name, allowed in OPTIONS.items():
             value = self.router_options.get(name)
-            if value is not None and choices is not None and value not in choices:
+            if value is not None and allowed is not None and value not in allowed:
                 raise ValueError(
-                    f"router_options[{name!r}]={value!r} is not one of {', '.join(choices)}"
+                    f"router_options[{name!r}]={value!r} is not one of {', '.join(allowed)}"
                 )
 
     @property
@@ -149,6 +149,7 @@ class MoESpec:
             return tuple(range(0, depth, 2))
         if self.layers == "last_two":
             return tuple(range(max(depth - 2, 0), depth))
+        assert not isinstance(self.layers, str)  # the names are dealt with above
         indices = tuple(i + depth if i < 0 else i for i in self.layers)
         if not indices or len(set(indices)) != len(indices):
             raise ValueError(f"layers={self.layers} must name at least one block, and each once")

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.routing import Modality
 
@@ -111,7 +112,9 @@ def routing_probability_variance(probs_TE: Tensor, *, unbiased: bool = False) ->
 
 
 @torch.no_grad()
-def mean_rpv(rpv_BL: Tensor, candidates_BL: Tensor, *, scope: Scope, group=None) -> Tensor:
+def mean_rpv(
+    rpv_BL: Tensor, candidates_BL: Tensor, *, scope: Scope, group: ProcessGroup | None = None
+) -> Tensor:
     """Mean RPV of the candidates, float64: shape (B, 1) for scope "image", else (1, 1).
 
     NaN where there is no candidate; a comparison with NaN selects nothing, as it should.
@@ -155,7 +158,7 @@ def tail_tokens(
     is_cls_BL: Tensor | None = None,
     attention_BL: Tensor | None = None,
     threshold: Tensor | None = None,
-    group=None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Which tokens are tail tokens (Eq. 11). Bool (B, L), a subset of `vision_BL`.
 

@@ -7,6 +7,8 @@ expert per token, or `raw` weights, the sparse layers' output is scaled by the g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class AttentionContext(VisionContext):
         self._attention_BL: Tensor | None = None
 
     @torch.no_grad()
-    def watch(self, attention: nn.Module, inputs: tuple[Tensor, ...], _output) -> None:
+    def watch(self, attention: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         x_BLD = inputs[0]
         batch, length, _ = x_BLD.shape
         heads = attention.num_heads
@@ -94,14 +96,13 @@ def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None =
 
 
 def _sparse_copy(
-    block: nn.Module, spec: MoESpec, *, num_prefix_tokens: int, ep_group: ProcessGroup | None
+    block: Any, spec: MoESpec, *, num_prefix_tokens: int, ep_group: ProcessGroup | None
 ) -> MoE:
     mlp = block.mlp
+    context_of = VisionContext(num_prefix_tokens)
     if spec.tail_rule.kind == "attention":
         context_of = AttentionContext(num_prefix_tokens)
         block.attn.register_forward_hook(context_of.watch)
-    else:
-        context_of = VisionContext(num_prefix_tokens)
     moe = MoE(
         mlp.fc1.in_features,
         mlp.fc1.out_features,
@@ -116,7 +117,8 @@ def _sparse_copy(
     if moe.shared_experts is not None:
         moe.shared_experts.act = mlp.act
         moe.shared_experts.copy_from_dense_(mlp.fc1, mlp.fc2)
-    moe.experts.to(mlp.fc1.weight.device, mlp.fc1.weight.dtype)
+        moe.shared_experts.to(mlp.fc1.weight.dtype)
+    moe.experts.to(mlp.fc1.weight.dtype)
     moe.to(mlp.fc1.weight.device)
     moe.train(mlp.training)
     return moe

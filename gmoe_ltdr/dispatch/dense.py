@@ -29,7 +29,8 @@ class DenseDispatcher:
         return Dispatched(tokens_ND, tokens_per_expert_E, weights_TE)
 
     def combine(self, expert_out_ND: Tensor, dispatched: Dispatched) -> Tensor:
-        weights_TE: Tensor = dispatched.ticket
+        weights_TE = dispatched.ticket
+        assert isinstance(weights_TE, Tensor)
         num_tokens, num_experts = weights_TE.shape
         sum_dtype = torch.promote_types(expert_out_ND.dtype, torch.float32)
         out_ETD = expert_out_ND.view(num_experts, num_tokens, expert_out_ND.shape[-1])

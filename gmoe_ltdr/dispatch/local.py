@@ -79,6 +79,7 @@ class LocalDispatcher:
         ticket = dispatched.ticket
         if isinstance(ticket, StaticTicket):
             return combine_static(expert_out_ND, ticket)
+        assert isinstance(ticket, _Ticket)
         # at least float32, so that the sum of several bf16 experts is rounded once
         sum_dtype = torch.promote_types(expert_out_ND.dtype, torch.float32)
         out_TD = _WeightedSum.apply(

@@ -22,7 +22,7 @@ from gmoe_ltdr.gates import GATES
 from gmoe_ltdr.routers.base import Router, register_router
 from gmoe_ltdr.routing import Modality, Routing, TokenContext, expert_rank
 from gmoe_ltdr.spec import OPTIONS, MoESpec
-from gmoe_ltdr.tail import TailRule, mean_rpv, routing_probability_variance, tail_tokens
+from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
 
 Weighting = Literal["renormalize", "raw", "softmax_of_probs"]
 
@@ -46,7 +46,7 @@ def route(
     tail_rule: TailRule,
     weighting: Weighting,
     noise_TE: Tensor | None = None,
-    scope: str | None = None,
+    scope: Scope | None = None,
     is_cls_BL: Tensor | None = None,
     attention_BL: Tensor | None = None,
     threshold: Tensor | None = None,
@@ -145,6 +145,8 @@ class TokenChoiceRouter(Router):
     the losses (`gmoe_ltdr.spec.OPTIONS`).
     """
 
+    mean_rpv: Tensor  # where the rule has the scope "ema"
+
     def __init__(self, dim: int, spec: MoESpec):
         super().__init__(dim, spec)
         _check_options(spec)
@@ -189,7 +191,7 @@ class TokenChoiceRouter(Router):
                 routing = self._straight_through(routing, threshold)
             return self._limit(routing)
 
-    def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: str) -> Tensor | None:
+    def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
         """Thresholds that need the router's state; None where `tail_tokens` computes its own."""
         rule = self.spec.tail_rule
         if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and scope != "ema"):
@@ -224,6 +226,7 @@ class TokenChoiceRouter(Router):
 
     def _straight_through(self, routing: Routing, threshold: Tensor) -> Routing:
         """Let the learned threshold see how the loss changes between head and tail weights."""
+        assert routing.shape_BL is not None  # `route` has set it
         rpv_BL = routing_probability_variance(routing.probs_TE).view(routing.shape_BL).detach()
         scale = threshold.detach().clamp(min=1e-12)
         soft_T1 = torch.sigmoid((rpv_BL - threshold) / scale).reshape(-1, 1).float()
