@@ -9,21 +9,31 @@ ERM_ViT is the dense twin of GMOE and LTDR: same backbone, same weights, same gr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.optim.swa_utils import AveragedModel
 
+from domainbed_ext.backbones import (
+    expert_parallel_group,
+    hparams_are_to_blame,
+    spec_from_hparams,
+    timm_arguments,
+    weights_tag,
+)
 from domainbed_ext.distributed import current_ranks
 from domainbed_ext.errors import UsageError
 from domainbed_ext.networks import create_classifier, create_featurizer
-from gmoe_ltdr import MoESpec, TailRule, balance_loss, collect_routing, create_moe_vit, preset
+from domainbed_ext.optimization import (
+    autocast,
+    create_optimizer,
+    ema_update,
+    learning_rate_factor,
+)
+from gmoe_ltdr import balance_loss, collect_routing, create_moe_vit
 from gmoe_ltdr.expert_parallel import (
     average_expert_gradients_,
     clip_grad_norm_,
@@ -153,7 +163,7 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         self.average = None
         if hparams["ema_decay"] > 0:
             self.average = AveragedModel(
-                self.network, multi_avg_fn=_ema_update(hparams["ema_decay"]), use_buffers=True
+                self.network, multi_avg_fn=ema_update(hparams["ema_decay"]), use_buffers=True
             )
 
     def create_network(self, input_shape, num_classes: int) -> nn.Module:
@@ -298,173 +308,3 @@ class LTDR(SparseViT):
 
 
 ALGORITHMS: list[str] = list(_ALGORITHMS)
-
-_SELECTIONS: dict[str, dict[str, Any]] = {
-    "vtt": {"kind": "mean"},
-    "vht": {"kind": "mean", "select": "head"},
-    "vtt_fixed": {"kind": "quantile"},
-    "vtt_learned": {"kind": "learned"},
-    "iat": {"kind": "attention"},
-}
-
-
-def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any]) -> MoESpec:
-    """The sparse model that flat hyper-parameters describe.
-
-    Raises:
-        UsageError: Values that do not go together.
-    """
-    layers = hparams["moe_layers"]
-    changes: dict[str, Any] = {
-        "num_experts": hparams["moe_num_experts"],
-        "top_k": hparams["moe_top_k"],
-        "layers": layers if isinstance(layers, str) else tuple(layers),
-        "gate": hparams["moe_gate"],
-        "weighting": hparams["moe_weighting"],
-        "noise_std": hparams["moe_noise_std"],
-        "expert_dropout": hparams["moe_expert_dropout"],
-        "capacity_factor": hparams["moe_capacity_factor"] or None,
-        "balance_weight": hparams["moe_balance_weight"],
-        "dispatcher": hparams["moe_dispatcher"],
-    }
-    try:
-        if "ltdr_selection" in hparams:
-            changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None
-            changes["tail_rule"] = _tail_rule(hparams)
-        return preset(preset_name, **changes)
-    except ValueError as error:
-        raise UsageError(f"hparams: {error}") from error
-
-
-def _tail_rule(hparams: Mapping[str, Any]) -> TailRule:
-    selection = hparams["ltdr_selection"]
-    if selection not in _SELECTIONS:
-        raise UsageError(
-            f"hparam ltdr_selection={selection!r} is not one of {', '.join(_SELECTIONS)}"
-        )
-    rule = dict(_SELECTIONS[selection])
-    if rule["kind"] in ("quantile", "attention"):
-        rule["value"] = hparams["ltdr_selection_fraction"]
-    return TailRule(
-        scope=hparams["ltdr_tail_scope"], eval_scope=hparams["ltdr_eval_tail_scope"], **rule
-    )
-
-
-def expert_parallel_group(hparams: Mapping[str, Any]) -> ProcessGroup | None:
-    """The ranks that share the experts: all, in a distributed run whose dispatcher can."""
-    if hparams["moe_dispatcher"] == "local" or current_ranks().size == 1:
-        return None
-    return torch.distributed.group.WORLD
-
-
-def timm_arguments(
-    input_shape: Sequence[int], num_classes: int, hparams: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What every backbone is built with."""
-    return {
-        "pretrained": hparams["pretrained"],
-        "num_classes": num_classes,
-        "in_chans": input_shape[0],
-        "img_size": tuple(input_shape[1:]),
-        "drop_path_rate": hparams["drop_path"],
-    }
-
-
-@contextmanager
-def hparams_are_to_blame(hparams: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what is wrong with a backbone into one line about the hparams that chose it."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
-        raise UsageError(
-            f"hparams backbone={hparams['backbone']!r}, pretrained={hparams['pretrained']}: {error}"
-        ) from error
-
-
-def weights_tag(hparams: Mapping[str, Any]) -> str:
-    """Name of the weights a run starts from, so that tables do not mix them."""
-    if not hparams["pretrained"]:
-        return f"{hparams['backbone']}:random"
-    from timm.models import get_pretrained_cfg
-
-    cfg = get_pretrained_cfg(hparams["backbone"], allow_unregistered=True)
-    tag = getattr(cfg, "tag", None)
-    name = hparams["backbone"].split(".")[0]
-    return f"{name}.{tag}" if tag else name
-
-
-def create_optimizer(network: nn.Module, hparams: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """Adam with L2 as in DomainBed, or AdamW whose decay spares biases, norms and one-dimensional
-    parameters."""
-    if hparams["optimizer"] == "adam":
-        return torch.optim.Adam(
-            network.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
-        )
-    decayed = [p for n, p in network.named_parameters() if not _is_undecayed(n, p)]
-    spared = [p for n, p in network.named_parameters() if _is_undecayed(n, p)]
-    groups = [
-        {"params": decayed, "weight_decay": hparams["weight_decay"]},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=hparams["lr"])
-
-
-def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
-    # stacked biases of experts are two-dimensional
-    return parameter.ndim <= 1 or name.endswith("bias") or name in ("cls_token", "pos_embed")
-
-
-class learning_rate_factor:  # noqa: N801  used like a function; a class so that it can be copied
-    """Factor on the learning rate at each step.
-
-    "constant" and "cosine" (to zero) rise linearly over `warmup_fraction` of the run, if it is
-    given; "one_cycle" rises as a cosine from 1/25 over the warm-up, by default 30 % of the run, and
-    falls as a cosine to zero.
-    """
-
-    def __init__(self, hparams: Mapping[str, Any]):
-        self.schedule = hparams["schedule"]
-        self.steps = hparams["schedule_steps"]
-        self.warmup = hparams["warmup_fraction"]
-        if self.schedule == "one_cycle" and not self.warmup:
-            self.warmup = 0.3
-        if (self.schedule != "constant" or self.warmup) and self.steps < 1:
-            raise UsageError(
-                f"hparams schedule={self.schedule!r} and warmup_fraction={self.warmup} need "
-                f"schedule_steps, the number of steps of the run, but it is {self.steps}"
-            )
-
-    def __call__(self, step: int) -> float:
-        done = min((step + 1) / max(self.steps, 1), 1.0)
-        if done < self.warmup:
-            rise = done / self.warmup
-            if self.schedule == "one_cycle":
-                return 0.04 + 0.96 * (1 - math.cos(math.pi * rise)) / 2
-            return rise
-        if self.schedule == "constant":
-            return 1.0
-        fall = (done - self.warmup) / max(1 - self.warmup, 1e-12)
-        return (1 + math.cos(math.pi * fall)) / 2
-
-
-def _ema_update(decay: float) -> Callable:
-    """Exponential moving average whose memory grows with the run, so that early steps fade."""
-
-    @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor) -> None:
-        steps = int(num_averaged)
-        weight = 1 - min(decay, (1 + steps) / (10 + steps))
-        floating = [i for i, value in enumerate(averaged) if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [averaged[i] for i in floating], [current[i].detach() for i in floating], weight
-        )
-        for i, value in enumerate(averaged):
-            if i not in floating:
-                value.copy_(current[i])
-
-    return update
-
-
-def autocast(device: torch.device, precision: str):
-    """bfloat16 autocast for "bf16", nothing for "fp32"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -8,14 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from domainbed_ext.algorithms import (
-    ALGORITHMS,
-    get_algorithm_class,
-    learning_rate_factor,
-    spec_from_hparams,
-)
+from domainbed_ext.algorithms import ALGORITHMS, get_algorithm_class
+from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams
+from domainbed_ext.optimization import learning_rate_factor
 from gmoe_ltdr import collect_routing, preset
 from gmoe_ltdr.tail import TailRule
 

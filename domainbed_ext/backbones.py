@@ -1,0 +1,107 @@
+"""From flat hyper-parameters to networks: which backbone, with which weights, how sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from domainbed_ext.distributed import current_ranks
+from domainbed_ext.errors import UsageError
+from gmoe_ltdr import MoESpec, TailRule, preset
+
+_SELECTIONS: dict[str, dict[str, Any]] = {
+    "vtt": {"kind": "mean"},
+    "vht": {"kind": "mean", "select": "head"},
+    "vtt_fixed": {"kind": "quantile"},
+    "vtt_learned": {"kind": "learned"},
+    "iat": {"kind": "attention"},
+}
+
+
+def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any]) -> MoESpec:
+    """The sparse model that flat hyper-parameters describe.
+
+    Raises:
+        UsageError: Values that do not go together.
+    """
+    layers = hparams["moe_layers"]
+    changes: dict[str, Any] = {
+        "num_experts": hparams["moe_num_experts"],
+        "top_k": hparams["moe_top_k"],
+        "layers": layers if isinstance(layers, str) else tuple(layers),
+        "gate": hparams["moe_gate"],
+        "weighting": hparams["moe_weighting"],
+        "noise_std": hparams["moe_noise_std"],
+        "expert_dropout": hparams["moe_expert_dropout"],
+        "capacity_factor": hparams["moe_capacity_factor"] or None,
+        "balance_weight": hparams["moe_balance_weight"],
+        "dispatcher": hparams["moe_dispatcher"],
+    }
+    try:
+        if "ltdr_selection" in hparams:
+            changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None
+            changes["tail_rule"] = _tail_rule(hparams)
+        return preset(preset_name, **changes)
+    except ValueError as error:
+        raise UsageError(f"hparams: {error}") from error
+
+
+def _tail_rule(hparams: Mapping[str, Any]) -> TailRule:
+    selection = hparams["ltdr_selection"]
+    if selection not in _SELECTIONS:
+        raise UsageError(
+            f"hparam ltdr_selection={selection!r} is not one of {', '.join(_SELECTIONS)}"
+        )
+    rule = dict(_SELECTIONS[selection])
+    if rule["kind"] in ("quantile", "attention"):
+        rule["value"] = hparams["ltdr_selection_fraction"]
+    return TailRule(
+        scope=hparams["ltdr_tail_scope"], eval_scope=hparams["ltdr_eval_tail_scope"], **rule
+    )
+
+
+def expert_parallel_group(hparams: Mapping[str, Any]) -> ProcessGroup | None:
+    """The ranks that share the experts: all, in a distributed run whose dispatcher can."""
+    if hparams["moe_dispatcher"] == "local" or current_ranks().size == 1:
+        return None
+    return torch.distributed.group.WORLD
+
+
+def timm_arguments(
+    input_shape: Sequence[int], num_classes: int, hparams: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What every backbone is built with."""
+    return {
+        "pretrained": hparams["pretrained"],
+        "num_classes": num_classes,
+        "in_chans": input_shape[0],
+        "img_size": tuple(input_shape[1:]),
+        "drop_path_rate": hparams["drop_path"],
+    }
+
+
+@contextmanager
+def hparams_are_to_blame(hparams: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what is wrong with a backbone into one line about the hparams that chose it."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
+        raise UsageError(
+            f"hparams backbone={hparams['backbone']!r}, pretrained={hparams['pretrained']}: {error}"
+        ) from error
+
+
+def weights_tag(hparams: Mapping[str, Any]) -> str:
+    """Name of the weights a run starts from, so that tables do not mix them."""
+    if not hparams["pretrained"]:
+        return f"{hparams['backbone']}:random"
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(hparams["backbone"], allow_unregistered=True)
+    tag = getattr(cfg, "tag", None)
+    name = hparams["backbone"].split(".")[0]
+    return f"{name}.{tag}" if tag else name
