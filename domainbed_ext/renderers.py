@@ -118,6 +118,7 @@ def print_rich(report: Report, stream: IO[str], *, plain: bool = False) -> None:
     """
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -140,14 +141,16 @@ def print_rich(report: Report, stream: IO[str], *, plain: bool = False) -> None:
         for index, name in enumerate(table.header):
             last = name == AVERAGE
             grid.add_column(
-                Text(name),
+                Text(name if plain else name.replace(", ", ",\n")),
                 justify="left" if index == 0 else "right",
                 style="bold" if last else "",
                 no_wrap=True,
             )
         for row in table.rows:
             grid.add_row(*(Text(cell if plain else cell.replace("+/-", "±")) for cell in row))
-        console.print(grid)
+        # a table wider than the terminal wraps; it never loses the ends of its numbers
+        wanted = Measurement.get(console, console.options.update(max_width=10_000), grid).maximum
+        console.print(grid, width=max(console.width, wanted), crop=False)
         for note in table.footnotes:
             show(f"  {note}", "dim")
     if report.notes:
