@@ -9,7 +9,8 @@ from gmoe_ltdr.routers import available_routers, create_router
 from gmoe_ltdr.routers.token_choice import expert_weights, route
 from gmoe_ltdr.routing import Modality, TokenContext, expert_rank
 from gmoe_ltdr.spec import MoESpec, preset
-from gmoe_ltdr.tail import TailRule
+from gmoe_ltdr.tail import TailRule, mean_rpv, tail_tokens
+from tests.distributed import run_ranks
 from tests.vectors import ABCD, B, C, logits, vision
 
 NO_TAIL = TailRule(kind="none")
@@ -325,6 +326,30 @@ def test_router_is_deterministic_and_copies():
     torch.manual_seed(5)
     second = copy.deepcopy(router)(tokens, context(3, 10))
     assert torch.equal(first.combine_weights_TE, second.combine_weights_TE)
+
+
+def test_padding_may_count_as_language():
+    modality = torch.tensor([[1, 0, 2, 2]], dtype=torch.uint8)
+    tokens = torch.randn(4, 8)
+    plan = router_of(MoESpec())(tokens, TokenContext(modality))
+    assert plan.experts_per_token_T.tolist()[2:] == [0, 0]
+    parity = MoESpec(router_options={"padding": "language"})
+    plan = router_of(parity)(tokens, TokenContext(modality))
+    assert plan.experts_per_token_T.tolist()[1:] == [2, 2, 2]
+    assert plan.of(Modality.LANGUAGE).sum() == 3
+
+
+def global_mean_of_two_ranks() -> float:
+    rank = torch.distributed.get_rank()
+    rpv_BL = torch.tensor([[0.0, 0.0125], [0.0675, 0.1728]])[rank : rank + 1]
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    tail = tail_tokens(rpv_BL, everything, TailRule(scope="global"))
+    assert tail.tolist() == [[False, False], [True, True]][rank : rank + 1]
+    return mean_rpv(rpv_BL, everything, scope="global").item()
+
+
+def test_global_scope_takes_the_mean_over_ranks():
+    assert run_ranks(global_mean_of_two_ranks, 2) == [pytest.approx(0.0632)] * 2
 
 
 def test_wrong_options_are_refused():

@@ -11,6 +11,7 @@ Shapes: B images, L tokens per image, T = B * L, D width, E experts.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,6 +34,7 @@ _ROUTER_OPTIONS = {
     "renormalize_after_capacity": (True, False),
     "capacity_convention": ("tutel", "vmoe", "deepspeed"),
     "min_capacity": None,
+    "padding": ("exclude", "language"),
 }
 _EMA_DECAY = 0.99
 
@@ -141,7 +143,8 @@ class TokenChoiceRouter(Router):
     `MoESpec.router_options` understood here: `second_expert` ("argmax", "gumbel"), `prioritised`
     (batch-prioritised dropping, on), `eval_capacity` ("none": evaluation drops nothing, so that an
     image's logits do not depend on its batch mates; "batch": as in training, GMoE read literally),
-    `renormalize_after_capacity` (DeepSpeed), `capacity_convention`, `min_capacity`, and those of
+    `renormalize_after_capacity` (DeepSpeed), `capacity_convention`, `min_capacity`, `padding`
+    ("language" routes and counts padding as language tokens, which DeepSpeed does), and those of
     the losses (`gmoe_ltdr.spec.OPTIONS`).
     """
 
@@ -161,6 +164,8 @@ class TokenChoiceRouter(Router):
 
     def forward(self, tokens_TD: Tensor, context: TokenContext) -> Routing:
         spec, rule = self.spec, self.spec.tail_rule
+        if spec.router_options.get("padding") == "language":
+            context = replace(context, modality_BL=_padding_as_language(context.modality_BL))
         with torch.autocast(tokens_TD.device.type, enabled=False):
             logits_TE = self.gate(tokens_TD)
             noise_TE = None
@@ -275,6 +280,10 @@ def _check_options(spec: MoESpec) -> None:
         raise ValueError(
             f"second_expert='gumbel' chooses the second of two experts, but top_k={spec.top_k}"
         )
+
+
+def _padding_as_language(modality_BL: Tensor) -> Tensor:
+    return modality_BL.masked_fill(modality_BL == int(Modality.PADDING), int(Modality.LANGUAGE))
 
 
 def _in_backward() -> bool:
