@@ -26,14 +26,9 @@ TUTEL_STEPS = (
     "pip install setuptools wheel ninja, then pip install --no-build-isolation "
     "git+https://github.com/microsoft/tutel@main (without CUDA: NO_CUDA=1 in front)"
 )
-# Extra: the modules that it brings, and the distributions they come in.
+# Extra: the modules that it brings, and the distributions they come in. Only those in use here.
 EXTRAS = {
     "emoji": {"resvg_py": "resvg-py"},
-    "plots": {"matplotlib": "matplotlib"},
-    "slurm": {"submitit": "submitit"},
-    "ray": {"ray": "ray"},
-    "tracking": {"tensorboard": "tensorboard"},
-    "vlm": {"transformers": "transformers"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }

@@ -24,14 +24,14 @@ def test_everything_is_looked_at(tmp_path):
 
 def test_what_is_missing_comes_with_its_command(monkeypatch):
     real = importlib.util.find_spec
-    hidden = ("tutel", "matplotlib")
+    hidden = ("tutel", "resvg_py")
     monkeypatch.setattr(doctor, "find_spec", lambda n: None if n in hidden else real(n))
     version = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda n: None if n == "timm" else version(n))
     findings = {item.name: item for item in examine()}
     assert findings["timm"].status == "missing"
     assert findings["timm"].remedy == "pip install timm"
-    assert findings["extra [plots]"].remedy == "pip install matplotlib"
+    assert findings["extra [emoji]"].remedy == "pip install resvg-py"
     # Tutel's setup imports torch, so the build must see it; and it is on no index.
     assert "--no-build-isolation git+https://github.com/microsoft/tutel" in findings["tutel"].remedy
     assert main([]) == 1
