@@ -157,6 +157,8 @@ def router_z_loss(routing: Routing, tokens: Tensor | None = None) -> Tensor:
 def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoESpec) -> Tensor:
     """What a training step adds to its task loss: weight * sum of the layers' balance losses.
 
+    Losses that a router has of its own (`Routing.router_losses`) are included.
+
     For LTDR in a plain ViT there is nothing to balance (every token is a vision token), and the
     result is a zero that is connected to the graph, so that distributed training finds gradients.
 
@@ -178,6 +180,9 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
             "routings:` and check that it has MoE layers"
         )
     total = torch.stack([0.0 * plan.logits_TE.sum() for plan in plans]).sum()
+    for plan in plans:
+        for loss in plan.router_losses.values():
+            total = total + loss
     if spec.balance == "none":
         return total
     per_modality = spec.router_options.get("balance_weights")

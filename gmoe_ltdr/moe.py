@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,17 +24,22 @@ class VisionContext:
 
     Args:
         num_prefix_tokens: Class and register tokens at the head of every image.
+
+    Attributes:
+        image_info: What else is known of the images, set by `gmoe_ltdr.image_info.set_image_info`.
     """
 
     def __init__(self, num_prefix_tokens: int = 0):
         self.num_prefix_tokens = num_prefix_tokens
+        self.image_info: dict[str, Tensor] = {}
 
     def __call__(self, x: Tensor) -> TokenContext:
         # a product of sizes, not numel(): export with an open batch size needs the symbol
         batch, length = (math.prod(x.shape[:-2]), x.shape[-2]) if x.dim() > 1 else (1, 1)
-        return TokenContext.all_vision(
+        plain = TokenContext.all_vision(
             batch, length, num_prefix_tokens=self.num_prefix_tokens, device=x.device
         )
+        return replace(plain, **self.image_info) if self.image_info else plain
 
 
 class MoE(nn.Module):

@@ -6,7 +6,8 @@ width, F expert hidden width, E experts, N routed copies of tokens, ordered expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -54,6 +55,13 @@ class TokenContext:
                     f"{name} has shape {tuple(value.shape)}, "
                     f"but modality has {tuple(self.modality_BL.shape)}"
                 )
+        for name in ("domain_B", "embedding_BD"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != self.modality_BL.shape[0]:
+                raise ValueError(
+                    f"{name} describes {value.shape[0]} images, but this forward has "
+                    f"{self.modality_BL.shape[0]}; set it anew before each forward"
+                )
 
     @classmethod
     def all_vision(
@@ -99,6 +107,8 @@ class Routing:
         shape_BL: (B, L), to fold T back into images.
         max_experts_per_token: No row of the mask holds more. Known without looking at the mask, so
             that buffers can be allocated without waiting for a device; None is all experts.
+        router_losses: What this router adds to the loss besides balance, by name; scalars, already
+            weighted. `balance_loss` includes them.
     """
 
     logits_TE: Tensor
@@ -111,6 +121,7 @@ class Routing:
     requested_mask_TE: Tensor | None = None
     shape_BL: tuple[int, int] | None = None
     max_experts_per_token: int | None = None
+    router_losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
@@ -150,7 +161,8 @@ class Routing:
         tensors: dict[str, Any] = {
             k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)
         }
-        return replace(self, **tensors)
+        losses = {name: loss.detach() for name, loss in self.router_losses.items()}
+        return replace(self, **tensors, router_losses=losses)
 
 
 def expert_rank(logits_TE: Tensor) -> Tensor:

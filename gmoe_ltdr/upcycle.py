@@ -7,6 +7,7 @@ expert per token, or `raw` weights, the sparse layers' output is scaled by the g
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class AttentionContext(VisionContext):
         scores = self._attention_BL
         if scores is None or scores.shape != plain.modality_BL.shape:
             raise RuntimeError("the attention of this block has not run on these tokens")
-        return TokenContext(plain.modality_BL, plain.is_cls_BL, attention_BL=scores)
+        return replace(plain, attention_BL=scores)
 
 
 def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None = None) -> nn.Module:

@@ -172,3 +172,17 @@ def test_gmoe_trains_with_the_tutel_variant():
 def test_no_routing_is_an_error():
     with pytest.raises(ValueError, match="collect_routing"):
         balance_loss({}, MoESpec())
+
+
+def test_a_router_can_have_losses_of_its_own():
+    own = torch.tensor(0.25, requires_grad=True)
+    plan = replace(
+        decide(logits_TE=torch.zeros(2, 3)), router_losses={"task": own, "width": own * 2}
+    )
+    total = balance_loss([plan, plan], preset("ltdr"))
+    assert total.item() == pytest.approx(1.5)  # 2 layers x (0.25 + 0.5); nothing to balance
+    total.backward()
+    assert own.grad.item() == pytest.approx(6.0)
+    detached = plan.detach().router_losses
+    assert detached["width"].item() == 0.5
+    assert not detached["width"].requires_grad

@@ -7,15 +7,13 @@ more than 10 % and flips decisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from gmoe_ltdr.routing import Routing, TokenContext
-
-if TYPE_CHECKING:
-    from gmoe_ltdr.spec import MoESpec
+from gmoe_ltdr.spec import OPTIONS, MoESpec
 
 
 class Router(nn.Module):
@@ -37,6 +35,28 @@ class Router(nn.Module):
             context: Modality (and side information) of the same tokens, folded as (B, L).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+
+def check_router_options(spec: MoESpec, options: Mapping[str, Sequence[Any] | None]) -> None:
+    """Refuses what `spec.router_options` holds and its router does not know.
+
+    Args:
+        spec: The description of the layer.
+        options: The router's own options with their possible values, None for any; those of the
+            losses (`gmoe_ltdr.spec.OPTIONS`) are always allowed.
+
+    Raises:
+        ValueError: An unknown option, or an impossible value.
+    """
+    known = {**OPTIONS, **options}
+    for name, value in spec.router_options.items():
+        if name not in known:
+            raise ValueError(
+                f"router {spec.router!r} has no option {name!r}; it has {', '.join(sorted(known))}"
+            )
+        choices = known[name]
+        if choices is not None and value not in choices:
+            raise ValueError(f"router_options[{name!r}]={value!r} is not one of {choices}")
 
 
 _ROUTERS: dict[str, type[Router]] = {}

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from gmoe_ltdr.capacity import expert_capacity, limit_to_capacity
 from gmoe_ltdr.gates import GATES
-from gmoe_ltdr.routers.base import Router, register_router
+from gmoe_ltdr.routers.base import Router, check_router_options, register_router
 from gmoe_ltdr.routing import Modality, Routing, TokenContext, expert_rank
-from gmoe_ltdr.spec import OPTIONS, MoESpec
+from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
 
 Weighting = Literal["renormalize", "raw", "softmax_of_probs"]
@@ -267,15 +267,7 @@ class TokenChoiceRouter(Router):
 
 
 def _check_options(spec: MoESpec) -> None:
-    known = {**OPTIONS, **_ROUTER_OPTIONS}
-    for name, value in spec.router_options.items():
-        if name not in known:
-            raise ValueError(
-                f"router {spec.router!r} has no option {name!r}; it has {', '.join(sorted(known))}"
-            )
-        choices = known[name]
-        if choices is not None and value not in choices:
-            raise ValueError(f"router_options[{name!r}]={value!r} is not one of {choices}")
+    check_router_options(spec, _ROUTER_OPTIONS)
     if spec.router_options.get("second_expert") == "gumbel" and spec.top_k != 2:
         raise ValueError(
             f"second_expert='gumbel' chooses the second of two experts, but top_k={spec.top_k}"
