@@ -22,8 +22,14 @@ _SELECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any]) -> MoESpec:
+def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: Any) -> MoESpec:
     """The sparse model that flat hyper-parameters describe.
+
+    Args:
+        preset_name: What the hyper-parameters change.
+        hparams: Those of the algorithm.
+        **further: Fields of the spec that no common hyper-parameter sets, such as `router` and
+            `router_options`.
 
     Raises:
         UsageError: Values that do not go together.
@@ -45,7 +51,7 @@ def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any]) -> MoESpec:
         if "ltdr_selection" in hparams:
             changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None
             changes["tail_rule"] = _tail_rule(hparams)
-        return preset(preset_name, **changes)
+        return preset(preset_name, **{**changes, **further})
     except ValueError as error:
         raise UsageError(f"hparams: {error}") from error
 

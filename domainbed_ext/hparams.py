@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from domainbed_ext.errors import UsageError
+from domainbed_ext.hparam_draws import (
+    Draw,
+    HParam,
+    always,
+    fixed,
+    log_uniform,
+    one_of,
+    power_of_two,
+)
 from domainbed_ext.hparam_values import check_together, check_value, read_json_object
-from domainbed_ext.seeds import seed_hash
-
-Draw = Callable[[np.random.RandomState], Any]
+from domainbed_ext.router_hparams import ROUTER_HPARAMS
 
 # Row order of tables: DomainBed's algorithms in its order, then ours.
 UPSTREAM_ALGORITHMS: tuple[str, ...] = tuple(
@@ -31,9 +35,10 @@ UPSTREAM_ALGORITHMS: tuple[str, ...] = tuple(
     "ANDMask SANDMask IGA SelfReg Fishr TRM IB_ERM IB_IRM CAD CondCAD Transfer CausIRL_CORAL "
     "CausIRL_MMD EQRM RDM ADRMX URM".split()
 )
-VIT_ALGORITHMS: tuple[str, ...] = ("ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
+VIT_ALGORITHMS: tuple[str, ...] = ("ERM_ViT", *ROUTER_HPARAMS)
+# What a sweep runs when it is not told which: the paper's question, without the comparison routers.
+CORE_ALGORITHMS: tuple[str, ...] = ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
 ALGORITHM_ORDER: tuple[str, ...] = UPSTREAM_ALGORITHMS + VIT_ALGORITHMS
-TAIL_ALGORITHMS: tuple[str, ...] = ("GMOE_EEA", "LTDR")
 
 SMALL_IMAGES: tuple[str, ...] = (
     "Debug28",
@@ -100,25 +105,6 @@ SMALL_DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class HParam:
-    """One hyper-parameter of one algorithm on one data set.
-
-    Attributes:
-        name: Its key in --hparams and in the records.
-        default: Its value for hparams seed 0.
-        draw: A random value from a generator of its own.
-    """
-
-    name: str
-    default: Any
-    draw: Draw
-
-    def random(self, seed: int) -> Any:
-        """The value for a seed; independent of every other hyper-parameter."""
-        return self.draw(np.random.RandomState(seed_hash(seed, self.name)))
-
-
 def registered_hparams(algorithm: str, dataset: str) -> list[HParam]:
     """All hyper-parameters of an algorithm on a data set, in order."""
     if algorithm == "ERM":
@@ -128,10 +114,8 @@ def registered_hparams(algorithm: str, dataset: str) -> list[HParam]:
             f"unknown algorithm {algorithm!r}{_did_you_mean(algorithm, ('ERM', *VIT_ALGORITHMS))}"
         )
     hparams = _vit(dataset)
-    if algorithm != "ERM_ViT":
-        hparams += _moe(algorithm)
-    if algorithm in TAIL_ALGORITHMS:
-        hparams += _tail()
+    if algorithm in ROUTER_HPARAMS:
+        hparams += ROUTER_HPARAMS[algorithm]()
     return hparams
 
 
@@ -237,33 +221,33 @@ def _erm(dataset: str) -> list[HParam]:
     small = dataset in SMALL_IMAGES
     if dataset in ("RotatedDigits", "ColoredDigits"):
         # DomainBed's MNIST has batches up to 512; a domain of 1797 digits in six cannot fill those.
-        batch_size, draw_batch_size = 64, _power_of_two(3, 7.5)
+        batch_size, draw_batch_size = 64, power_of_two(3, 7.5)
     elif small:
-        batch_size, draw_batch_size = 64, _power_of_two(3, 9)
+        batch_size, draw_batch_size = 64, power_of_two(3, 9)
     elif dataset == "DomainNet":
-        batch_size, draw_batch_size = 32, _power_of_two(3, 5)
+        batch_size, draw_batch_size = 32, power_of_two(3, 5)
     else:
-        batch_size, draw_batch_size = 32, _power_of_two(3, 5.5)
+        batch_size, draw_batch_size = 32, power_of_two(3, 5.5)
     return [
-        _fixed("data_augmentation", True),
-        _fixed("resnet18", False),
-        _fixed("resnet50_augmix", True),
-        _fixed("dinov2", False),
-        _fixed("vit", False),
-        _fixed("vit_attn_tune", False),
-        _fixed("freeze_bn", False),
-        _fixed("lars", False),
-        _fixed("linear_steps", 500),
-        HParam("resnet_dropout", 0.0, _one_of(0.0, 0.1, 0.5)),
-        HParam("vit_dropout", 0.0, _one_of(0.0, 0.1, 0.5)),
-        _fixed("class_balanced", False),
-        _fixed("nonlinear_classifier", False),
+        fixed("data_augmentation", True),
+        fixed("resnet18", False),
+        fixed("resnet50_augmix", True),
+        fixed("dinov2", False),
+        fixed("vit", False),
+        fixed("vit_attn_tune", False),
+        fixed("freeze_bn", False),
+        fixed("lars", False),
+        fixed("linear_steps", 500),
+        HParam("resnet_dropout", 0.0, one_of(0.0, 0.1, 0.5)),
+        HParam("vit_dropout", 0.0, one_of(0.0, 0.1, 0.5)),
+        fixed("class_balanced", False),
+        fixed("nonlinear_classifier", False),
         HParam(
             "lr",
             1e-3 if small else 5e-5,
-            _log_uniform(-4.5, -2.5) if small else _log_uniform(-5, -3.5),
+            log_uniform(-4.5, -2.5) if small else log_uniform(-5, -3.5),
         ),
-        _fixed("weight_decay", 0.0) if small else HParam("weight_decay", 0.0, _log_uniform(-6, -2)),
+        fixed("weight_decay", 0.0) if small else HParam("weight_decay", 0.0, log_uniform(-6, -2)),
         HParam("batch_size", batch_size, draw_batch_size),
     ]
 
@@ -273,88 +257,39 @@ def _vit(dataset: str) -> list[HParam]:
         dataset, BENCHMARK_LR_AND_WEIGHT_DECAY["PACS"]
     )
     hparams = [
-        _fixed("data_augmentation", True),
-        _fixed("class_balanced", False),
-        _fixed("backbone", "deit_small_patch16_224"),
-        _fixed("pretrained", True),
-        _fixed("augmentation", "domainbed"),
-        _fixed("optimizer", "adam"),
-        HParam("lr", lr, _log_uniform(-5, -4)),
-        HParam("weight_decay", weight_decay, _log_uniform(-6, -2)),
-        HParam("batch_size", 32, _power_of_two(3, 5 if dataset == "DomainNet" else 5.5)),
-        _fixed("schedule", "constant"),
-        _fixed("schedule_steps", 0),
-        _fixed("warmup_fraction", 0.0),
-        _fixed("label_smoothing", 0.0),
-        HParam("drop_path", 0.1, _one_of(0.0, 0.1, 0.2)),
-        _fixed("grad_clip", 0.0),
-        _fixed("ema_decay", 0.0),
-        _fixed("precision", "fp32"),
-        _fixed("eval_batch_size", 256),
+        fixed("data_augmentation", True),
+        fixed("class_balanced", False),
+        fixed("backbone", "deit_small_patch16_224"),
+        fixed("pretrained", True),
+        fixed("augmentation", "domainbed"),
+        fixed("optimizer", "adam"),
+        HParam("lr", lr, log_uniform(-5, -4)),
+        HParam("weight_decay", weight_decay, log_uniform(-6, -2)),
+        HParam("batch_size", 32, power_of_two(3, 5 if dataset == "DomainNet" else 5.5)),
+        fixed("schedule", "constant"),
+        fixed("schedule_steps", 0),
+        fixed("warmup_fraction", 0.0),
+        fixed("label_smoothing", 0.0),
+        HParam("drop_path", 0.1, one_of(0.0, 0.1, 0.2)),
+        fixed("grad_clip", 0.0),
+        fixed("ema_decay", 0.0),
+        fixed("precision", "fp32"),
+        fixed("eval_batch_size", 256),
     ]
     overrides = SMALL_DATASET_DEFAULTS.get(dataset)
     if overrides is None:
         return hparams
     # From scratch and decoupled: other scales of both, and batches that a small split can fill.
-    draws: dict[str, Draw] = {"lr": _log_uniform(-3.5, -2.5), "weight_decay": _log_uniform(-3, -1)}
+    draws: dict[str, Draw] = {"lr": log_uniform(-3.5, -2.5), "weight_decay": log_uniform(-3, -1)}
     draws["batch_size"] = (
-        _always(overrides["batch_size"]) if "Debug" in dataset else _power_of_two(4, 6)
+        always(overrides["batch_size"]) if "Debug" in dataset else power_of_two(4, 6)
     )
-    draws["drop_path"] = _one_of(0.0, 0.1, 0.2)
+    draws["drop_path"] = one_of(0.0, 0.1, 0.2)
     return [
-        HParam(hparam.name, value, draws.get(hparam.name, _always(value)))
+        HParam(hparam.name, value, draws.get(hparam.name, always(value)))
         for hparam in hparams
         for value in [overrides.get(hparam.name, hparam.default)]
     ]
-
-
-def _moe(algorithm: str) -> list[HParam]:
-    # GMoE as published: one expert a token and a capacity limit. The others compare routing alone,
-    # without drops.
-    published = algorithm == "GMOE"
-    return [
-        HParam("moe_num_experts", 6, _one_of(4, 6, 8)),
-        HParam("moe_top_k", 1 if published else 2, _one_of(1, 2)),
-        _fixed("moe_layers", "gmoe"),
-        _fixed("moe_gate", "cosine"),
-        _fixed("moe_weighting", "renormalize"),
-        HParam("moe_noise_std", 1.0, _one_of(0.0, 0.5, 1.0)),
-        _fixed("moe_expert_dropout", 0.1),
-        _fixed("moe_capacity_factor", 1.5 if published else 0.0),
-        _fixed("moe_balance_weight", 0.01),
-        _fixed("moe_dispatcher", "local"),
-    ]
-
-
-def _tail() -> list[HParam]:
-    return [
-        _fixed("ltdr_tail_top_k", 0),
-        _fixed("ltdr_tail_scope", "batch"),
-        _fixed("ltdr_eval_tail_scope", "image"),
-        _fixed("ltdr_selection", "vtt"),
-        _fixed("ltdr_selection_fraction", 0.15),
-    ]
-
-
-def _fixed(name: str, value: Any) -> HParam:
-    return HParam(name, value, _always(value))
-
-
-def _always(value: Any) -> Draw:
-    return lambda random: value
-
-
-def _one_of(*values: Any) -> Draw:
-    # .choice draws an index and hands back a NumPy scalar; records need the Python value.
-    return lambda random: random.choice(values).item()
-
-
-def _log_uniform(low: float, high: float) -> Draw:
-    return lambda random: float(10 ** random.uniform(low, high))
-
-
-def _power_of_two(low: float, high: float) -> Draw:
-    return lambda random: int(2 ** random.uniform(low, high))
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:

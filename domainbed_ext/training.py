@@ -30,7 +30,7 @@ from domainbed_ext.checkpoint import (
 )
 from domainbed_ext.datasets.base import EnvSplit, balanced_weights
 from domainbed_ext.display import ReportProgress, RunState, format_row
-from domainbed_ext.distributed import first_message, mean_over_ranks, on_first_rank
+from domainbed_ext.distributed import Ranks, first_message, mean_over_ranks, on_first_rank
 from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate
 from domainbed_ext.jobs import DivergedError, check_same_run, mark_done, run_identity
@@ -47,6 +47,8 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
     with reproducible_kernels(run.device):
         start, records = _resume(run)
         _print_header(run)
+        if start == 0:
+            run.algorithm.prepare(_plain_train_images(run))
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for record in _train(run, start, progress):
@@ -115,18 +117,7 @@ def _of_record(record: Record) -> dict[str, Any]:
 def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Record]:
     train_batches = zip(*_train_loaders(run, start), strict=True)
     uda_batches = _uda_batches(run, start)
-    evaluators = {
-        name: EvalBatches(
-            split,
-            batch_size=run.hparams.get("eval_batch_size", 64),
-            transform=run.dataset.eval_transform,
-            num_workers=run.num_workers,
-            pin_memory=run.device == "cuda",
-            device=run.device,
-            ranks=run.ranks,
-        )
-        for name, split in run.splits.items()
-    }
+    evaluators = {name: _eval_batches(run, split) for name, split in run.splits.items()}
     batch_size = run.hparams["batch_size"]
     # DomainBed counts epochs by its smallest domain, test domains included.
     steps_per_epoch = min(
@@ -192,11 +183,32 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
 
 
 def _train_loaders(run: Run, start: int) -> list[TrainBatches]:
+    return [_train_batches(run, split, start) for split in _train_splits(run)]
+
+
+def _plain_train_images(run: Run) -> list[EvalBatches]:
+    """What the algorithm may look at before its first step; on each rank all of it."""
+    return [_eval_batches(run, split, ranks=Ranks()) for split in _train_splits(run)]
+
+
+def _train_splits(run: Run) -> list[EnvSplit]:
     return [
-        _train_batches(run, run.splits[f"env{env}_in"], start)
+        run.splits[f"env{env}_in"]
         for env in range(len(run.dataset))
         if env not in run.args.test_envs
     ]
+
+
+def _eval_batches(run: Run, split: EnvSplit, ranks: Ranks | None = None) -> EvalBatches:
+    return EvalBatches(
+        split,
+        batch_size=run.hparams.get("eval_batch_size", 64),
+        transform=run.dataset.eval_transform,
+        num_workers=run.num_workers,
+        pin_memory=run.device == "cuda",
+        device=run.device,
+        ranks=ranks or run.ranks,
+    )
 
 
 def _uda_batches(run: Run, start: int) -> Iterator[Any] | None:

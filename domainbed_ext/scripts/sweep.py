@@ -21,7 +21,7 @@ from domainbed_ext.datasets import (
 )
 from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparams import VIT_ALGORITHMS
+from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
 from domainbed_ext.jobs import TASKS, Job, JobState, job_label
 from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE
 from domainbed_ext.plan import make_jobs
@@ -34,7 +34,6 @@ from domainbed_ext.scripts.train import (
 )
 from domainbed_ext.torchrun import check_algorithms, distributed_command
 
-ALGORITHMS = ("ERM", *VIT_ALGORITHMS)
 # A diverged job would diverge again, step for step; the others are worth another try.
 LAUNCHABLE = (JobState.NOT_LAUNCHED, JobState.INCOMPLETE, JobState.FAILED)
 
@@ -94,9 +93,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--algorithms",
         nargs="+",
-        default=list(ALGORITHMS),
+        default=list(CORE_ALGORITHMS),
         metavar="ALGORITHM",
-        help="default: all",
+        help=f"of {', '.join(('ERM', *VIT_ALGORITHMS))} (default: {', '.join(CORE_ALGORITHMS)})",
     )
     parser.add_argument("--task", default=TASKS[0], choices=TASKS)
     parser.add_argument(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from domainbed_ext.algorithms import ALGORITHMS, get_algorithm_class
+from domainbed_ext.algorithms.base import domains_of
 from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams
@@ -85,6 +86,23 @@ def test_ablations_are_two_switches():
     assert specs["LTDR"] == preset("ltdr")
     assert specs["GMOE_DAR"] == preset("gmoe_dar")
     assert specs["GMOE_EEA"] == preset("gmoe_eea")
+
+
+def test_images_know_their_training_domain():
+    data = [minibatches(1, batch)[0] for batch in (1, 3, 2)]
+    assert domains_of(data).tolist() == [0, 1, 1, 1, 2, 2]
+    seen = []
+
+    class Listener(type(create("LTDR"))):
+        def loss(self, x, y, domains):
+            seen.append(domains.tolist())
+            return super().loss(x, y, domains)
+
+        def after_step(self):
+            seen.append("stepped")
+
+    Listener(SHAPE, 2, 3, default_hparams("LTDR", "Debug28")).update(data)
+    assert seen == [[0, 1, 1, 1, 2, 2], "stepped"]
 
 
 def test_loss_is_task_plus_balance():

@@ -17,7 +17,6 @@ from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import JobState, mark_done, mark_failed
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.records import load_records, read_records
-from domainbed_ext.scripts import sweep as module
 from domainbed_ext.scripts.sweep import build_parser, main
 from domainbed_ext.scripts.train import parse_args
 from domainbed_ext.scripts.train import train as run_train
@@ -284,7 +283,7 @@ def test_flags_are_frozen():
     ).split()
     flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
     assert flags == {*upstream, *ours}
-    assert module.ALGORITHMS == tuple(_registered_algorithms())
+    assert set(build_parser().get_default("algorithms")) <= set(_registered_algorithms())
 
 
 def _registered_algorithms():

@@ -132,6 +132,24 @@ def test_a_stopped_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path, a
     assert comparable(run(tmp_path / "parts", **changes)) == comparable(expected)
 
 
+def test_an_algorithm_may_look_at_the_training_images_once(tmp_path, monkeypatch):
+    looked = []
+
+    def prepare(self, environments):
+        looked.append([torch.cat([x for x, _ in batches]) for batches in environments])
+
+    monkeypatch.setattr(algorithms.ERM_ViT, "prepare", prepare)
+    with pytest.raises(Stop):
+        train(_args(tmp_path, test_envs=(1,)), progress=stop_at(4))
+    run(tmp_path, test_envs=(1,))  # goes on, and does not look again
+    ((first, second),) = looked
+    assert len(first) == len(second) == 13  # 16 images per domain less the 3 held out
+    prepared = prepare_run(_args(tmp_path, test_envs=(1,)), run_hparams(_args(tmp_path)))
+    split = prepared.splits["env2_in"]
+    plain = prepared.dataset.eval_transform(split.environment.images(split.keys), None)
+    assert torch.equal(second, plain)
+
+
 def test_a_record_without_its_checkpoint_is_made_again(tmp_path, monkeypatch):
     expected = run(tmp_path / "whole")
     real, calls = training.save_checkpoint, []

@@ -1,0 +1,36 @@
+"""DomainBed's baseline: one network, the mean loss over all training domains."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from domainbed_ext.algorithms.base import Algorithm, join, register_algorithm
+from domainbed_ext.networks import create_classifier, create_featurizer
+
+
+@register_algorithm
+class ERM(Algorithm):
+    """Empirical risk minimisation, with DomainBed's networks and hyper-parameters (ResNet-50)."""
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.featurizer = create_featurizer(input_shape, hparams)
+        self.classifier = create_classifier(
+            self.featurizer.n_outputs, num_classes, nonlinear=hparams["nonlinear_classifier"]
+        )
+        self.weights_tag = self.featurizer.weights_tag
+        self.optimizer = torch.optim.Adam(
+            self.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
+        )
+
+    def update(self, minibatches, unlabeled=None):
+        x, y = join(minibatches)
+        loss = F.cross_entropy(self.predict(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item()}
+
+    def predict(self, x):
+        return self.classifier(self.featurizer(x))

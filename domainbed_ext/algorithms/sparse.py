@@ -1,0 +1,85 @@
+"""Sparse ViTs: GMoE, LTDR and what lies between them.
+
+`SparseViT` is also what every comparison router builds on: a subclass names its preset or overrides
+`create_spec`, and has a file of its own here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from domainbed_ext.algorithms.base import register_algorithm
+from domainbed_ext.algorithms.vit import ERM_ViT
+from domainbed_ext.backbones import (
+    expert_parallel_group,
+    hparams_are_to_blame,
+    spec_from_hparams,
+    timm_arguments,
+)
+from gmoe_ltdr import MoESpec, balance_loss, collect_routing, create_moe_vit
+
+
+class SparseViT(ERM_ViT):
+    """A ViT with mixture-of-experts layers: the task loss plus what the spec says of balance."""
+
+    preset_name = "ltdr"
+
+    def create_spec(self) -> MoESpec:
+        """The sparse model that the hyper-parameters describe."""
+        return spec_from_hparams(self.preset_name, self.hparams)
+
+    def create_network(self, input_shape, num_classes: int) -> nn.Module:
+        self.spec = self.create_spec()
+        arguments = timm_arguments(input_shape, num_classes, self.hparams)
+        with hparams_are_to_blame(self.hparams):
+            return create_moe_vit(
+                self.hparams["backbone"],
+                self.spec,
+                ep_group=expert_parallel_group(self.hparams),
+                **arguments,
+            )
+
+    def loss(self, x, y, domains):
+        with collect_routing(self.network) as routings:
+            task_loss = self.task_loss(self.run_network(x), y)
+        balance = balance_loss(routings, self.spec)
+        plans = routings.values()
+        numbers = {
+            "balance_loss": balance.detach(),
+            "tail_share": torch.stack([p.tail_mask_T.float().mean() for p in plans]).mean(),
+            "experts_per_token": torch.stack(
+                [p.experts_per_token_T.float().mean() for p in plans]
+            ).mean(),
+        }
+        return task_loss + balance, numbers
+
+
+@register_algorithm
+class GMOE(SparseViT):
+    """GMoE (arXiv 2206.04046) as released: one expert per token, capacity 1.5, importance and load
+    balanced."""
+
+    preset_name = "gmoe"
+
+
+@register_algorithm
+class GMOE_DAR(SparseViT):  # noqa: N801
+    """LTDR without its second module: nothing is balanced, tail tokens get no further experts."""
+
+    preset_name = "gmoe_dar"
+
+
+@register_algorithm
+class GMOE_EEA(SparseViT):  # noqa: N801
+    """LTDR without its first module: GMoE's balance losses stay, tail tokens get more experts."""
+
+    preset_name = "gmoe_eea"
+
+
+@register_algorithm
+class LTDR(SparseViT):
+    """Long-Tailed Distribution-aware Router (arXiv 2507.01351): no balancing of vision tokens, more
+    experts for tail tokens."""
+
+    preset_name = "ltdr"

@@ -1,0 +1,48 @@
+"""Hyper-parameters of the sparse algorithms, beyond those that all ViTs have.
+
+An algorithm is an entry of `ROUTER_HPARAMS`; what its names mean and which values they take is said
+in `hparam_values.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from domainbed_ext.hparam_draws import HParam, fixed, one_of
+
+
+def moe(algorithm: str) -> list[HParam]:
+    # GMoE as published: one expert a token and a capacity limit. The others compare routing alone,
+    # without drops.
+    published = algorithm == "GMOE"
+    return [
+        HParam("moe_num_experts", 6, one_of(4, 6, 8)),
+        HParam("moe_top_k", 1 if published else 2, one_of(1, 2)),
+        fixed("moe_layers", "gmoe"),
+        fixed("moe_gate", "cosine"),
+        fixed("moe_weighting", "renormalize"),
+        HParam("moe_noise_std", 1.0, one_of(0.0, 0.5, 1.0)),
+        fixed("moe_expert_dropout", 0.1),
+        fixed("moe_capacity_factor", 1.5 if published else 0.0),
+        fixed("moe_balance_weight", 0.01),
+        fixed("moe_dispatcher", "local"),
+    ]
+
+
+def tail() -> list[HParam]:
+    return [
+        fixed("ltdr_tail_top_k", 0),
+        fixed("ltdr_tail_scope", "batch"),
+        fixed("ltdr_eval_tail_scope", "image"),
+        fixed("ltdr_selection", "vtt"),
+        fixed("ltdr_selection_fraction", 0.15),
+    ]
+
+
+# In the order of table rows.
+ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
+    "GMOE": lambda: moe("GMOE"),
+    "GMOE_DAR": lambda: moe("GMOE_DAR"),
+    "GMOE_EEA": lambda: [*moe("GMOE_EEA"), *tail()],
+    "LTDR": lambda: [*moe("LTDR"), *tail()],
+}
