@@ -41,6 +41,7 @@ class Checkpoint:
         training_state: Of the algorithm: parameters, optimizer, schedule.
         rng_state: Of Python, NumPy, torch and CUDA.
         other_rng_states: Of the ranks after the first, in a distributed run.
+        since_record: What each step has measured since the last record; empty right after one.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Checkpoint:
     training_state: dict[str, Any]
     rng_state: dict[str, Any]
     other_rng_states: list[dict[str, Any]] = field(default_factory=list)
+    since_record: dict[str, list[float]] = field(default_factory=dict)
 
     def rng_state_of(self, rank: int) -> dict[str, Any] | None:
         """The state of a rank; None for one that was not there when this was written."""
@@ -56,7 +58,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, *, step: int, algorithm: torch.nn.Module, info: Mapping[str, Any]
+    path: Path,
+    *,
+    step: int,
+    algorithm: torch.nn.Module,
+    info: Mapping[str, Any],
+    since_record: Mapping[str, list[float]] | None = None,
 ) -> None:
     """Writes all that a run needs to go on after `step`; atomically, over an older checkpoint.
 
@@ -70,6 +77,7 @@ def save_checkpoint(
         "format": FORMAT,
         "step": step,
         "info": dict(info),
+        "since_record": dict(since_record or {}),
         "training_state": _encode(state, tensors, {}),
         "rng_state": _encode(rng_states[0], tensors, {}),
         "other_rng_states": _encode(rng_states[1:], tensors, {}),
@@ -93,6 +101,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             training_state=_decode(content["training_state"], tensors),
             rng_state=_decode(content["rng_state"], tensors),
             other_rng_states=_decode(content.get("other_rng_states", []), tensors),
+            since_record=content.get("since_record", {}),
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

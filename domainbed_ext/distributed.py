@@ -185,6 +185,23 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def on_any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Each flag's "or" over all ranks, on every rank."""
+    if current_ranks().size == 1:
+        return flags
+    import torch
+    import torch.distributed as dist
+
+    values = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return tuple(values.bool().tolist())
+
+
+def wait_for_ranks() -> None:
+    """Returns when all ranks are here: when one leaves early, torchrun ends the others."""
+    on_any_rank(False)
+
+
 def mean_over_ranks(
     values: Mapping[str, float], num_images: int, *, device: str
 ) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def evaluate(
     device: torch.device | str,
     num_classes: int,
     ranks: Ranks | None = None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Accuracies of ``algorithm.predict`` in evaluation mode.
 
@@ -37,6 +38,7 @@ def evaluate(
         num_classes: Of the data set.
         ranks: Processes that evaluate together, each its part of every loader's images. All of them
             get the numbers.
+        before_batch: Called before each; may raise, to end the evaluation.
 
     Returns:
         For each name "{name}_acc", and "{name}_class_acc": the mean of the accuracies of the
@@ -47,7 +49,7 @@ def evaluate(
     try:
         accuracies: dict[str, float] = {}
         for name, loader in loaders.items():
-            right, total = _class_counts(algorithm, loader, device, num_classes)
+            right, total = _class_counts(algorithm, loader, device, num_classes, before_batch)
             if ranks is not None and ranks.size > 1:
                 torch.distributed.all_reduce(right)
                 torch.distributed.all_reduce(total)
@@ -62,7 +64,11 @@ def evaluate(
 
 
 def _class_counts(
-    algorithm: Any, loader: EvalBatches, device: torch.device | str, num_classes: int
+    algorithm: Any,
+    loader: EvalBatches,
+    device: torch.device | str,
+    num_classes: int,
+    before_batch: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """How many images of each class were right, and how many there were; float64 on the CPU."""
     # Summed on the device: reading a number per batch would wait for it each time.
@@ -70,6 +76,7 @@ def _class_counts(
     total = torch.zeros_like(right)
     classes = torch.arange(num_classes, device=device)
     for x, y in loader:
+        before_batch()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         correct = predicted_classes(algorithm.predict(x)) == y
         # Not bincount, which deterministic algorithms forbid on CUDA.

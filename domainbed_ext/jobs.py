@@ -41,7 +41,7 @@ TASKS = ("domain_generalization", "domain_adaptation")
 # How a run is carried out, not which run it is: never in records and job names, as DomainBed has no
 # such flags.
 _NOT_RECORDED = (
-    *("device", "num_workers", "distributed"),
+    *("device", "num_workers", "distributed", "checkpoint_minutes"),
     *("image_cache", "image_cache_dir", "image_cache_gb"),
 )
 # Neither where a run is stored nor what else it saves makes it another run.
@@ -98,6 +98,7 @@ class TrainArgs:
     image_cache: str = "exact"
     image_cache_dir: str | None = None
     image_cache_gb: float = 16.0
+    checkpoint_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test_envs", tuple(self.test_envs))

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from domainbed_ext.datasets.base import EnvSplit, Transform
 from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
+from domainbed_ext.stop_signals import leave_stops_to_parent
 
 Batch = tuple[Tensor, Tensor]
 
@@ -277,6 +278,7 @@ def _iterate(
         pin_memory=pin_memory,
         # DataLoader draws a base seed from the global generator otherwise, moving the run's stream.
         generator=torch.Generator(),
+        worker_init_fn=leave_stops_to_parent,
     )
     for item in loader:
         if isinstance(item, _Failure):

@@ -27,6 +27,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         "device": args.device,
         "num_workers": args.num_workers,
         "skip_model_save": args.skip_model_save,
+        "checkpoint_minutes": args.checkpoint_minutes,
         "image_cache": args.image_cache,
         "image_cache_dir": args.image_cache_dir,
         "image_cache_gb": args.image_cache_gb,

@@ -31,6 +31,7 @@ from domainbed_ext.jobs import (
 
 TORCHRUN_MODULE = "torch.distributed.run"
 _POLL_SECONDS = 0.2
+_SAVE_SECONDS = 120  # that torchrun gives processes it has told to end; its default is 30
 _LAST_LINES = 20
 
 
@@ -57,7 +58,7 @@ def run_commands(
     num_cores: int,
     devices: Sequence[str],
 ) -> None:
-    """Runs all commands. Ctrl-C stops them, leaving their jobs to be gone on with.
+    """Runs all commands. Ctrl-C and `Stopped` make them save and leave, to be gone on with.
 
     Args:
         commands: As `distributed_command` makes them, all with the same number of processes.
@@ -100,7 +101,7 @@ def run_commands(
                 time.sleep(_POLL_SECONDS)
         finally:
             for item in running:
-                item.process.terminate()  # torchrun ends its processes
+                item.process.terminate()  # torchrun passes it on
             for item in running:
                 item.process.wait()
                 item.said.close()
@@ -118,6 +119,7 @@ def _start(
     command: Sequence[str], job: TrainArgs, devices: list[str] | None, threads: int
 ) -> _Running:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_SECONDS))
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     said = tempfile.TemporaryFile()
@@ -127,6 +129,8 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=said,
+        # a signal to our group reaches it through us, once: torchrun would not survive a second
+        start_new_session=True,
     )
     return _Running(process, job, devices, said)
 

@@ -1,4 +1,5 @@
-"""One training run, from arguments to a finished folder, resumable at every record.
+"""One training run, from arguments to a finished folder, resumable at every checkpoint: at each
+record, every few minutes, and where a signal asked for an end.
 
 The loop is DomainBed's: one batch per training domain and step; at every `checkpoint_freq`-th step
 and at the last one, all splits of all domains are evaluated and one record is appended. Where we
@@ -30,7 +31,14 @@ from domainbed_ext.checkpoint import (
 )
 from domainbed_ext.datasets.base import EnvSplit, balanced_weights
 from domainbed_ext.display import ReportProgress, RunState, format_row
-from domainbed_ext.distributed import Ranks, first_message, mean_over_ranks, on_first_rank
+from domainbed_ext.distributed import (
+    Ranks,
+    first_message,
+    mean_over_ranks,
+    on_any_rank,
+    on_first_rank,
+    wait_for_ranks,
+)
 from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate
 from domainbed_ext.jobs import DivergedError, check_same_run, mark_done, run_identity
@@ -38,21 +46,29 @@ from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.provenance import environment_lines
 from domainbed_ext.records import RECORDS_FILE, Record, append_record, read_records, write_records
 from domainbed_ext.runs import Run, reproducible_kernels
+from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
 
 _logger = logging.getLogger(__name__)
 
+SinceRecord = dict[str, list[float]]  # what each step since the last record has measured
+
 
 def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]:
-    """Takes the steps that are left, and finishes the folder. Returns all records."""
+    """Takes the steps that are left, and finishes the folder. Returns all records.
+
+    Raises:
+        Stopped: A signal asked for it; what was done is in the checkpoint.
+    """
     with reproducible_kernels(run.device):
-        start, records = _resume(run)
+        start, since_record, records = _resume(run)
         _print_header(run)
         if start == 0:
             run.algorithm.prepare(_plain_train_images(run))
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for record in _train(run, start, progress):
-            records.append(record)
+        with stops_deferred():
+            for record in _train(run, start, since_record, progress):
+                records.append(record)
     if progress is not None:
         progress(RunState(run.num_steps, run.num_steps, phase="saving"))
     if not run.args.skip_model_save:
@@ -63,17 +79,19 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
     return records
 
 
-def _resume(run: Run) -> tuple[int, list[Record]]:
-    """Puts the last checkpoint's state back. Returns the next step and the records so far."""
+def _resume(run: Run) -> tuple[int, SinceRecord, list[Record]]:
+    """Puts the last checkpoint's state back. Returns the next step, what was measured since the
+    last record, and the records so far.
+    """
     checkpoint = load_checkpoint(run.folder / CHECKPOINT_FILE)
     records = on_first_rank(lambda: _records_so_far(run, checkpoint))
     if checkpoint is None:
-        return 0, records
+        return 0, defaultdict(list), records
     load_training_state(run.algorithm, checkpoint.training_state)
     state = checkpoint.rng_state_of(run.ranks.rank)
     if state is not None:
         load_rng_state(state)
-    return checkpoint.step + 1, records
+    return checkpoint.step + 1, defaultdict(list, checkpoint.since_record), records
 
 
 def _records_so_far(run: Run, checkpoint: Checkpoint | None) -> list[Record]:
@@ -92,8 +110,9 @@ def _records_so_far(run: Run, checkpoint: Checkpoint | None) -> list[Record]:
             found=where,
             wanted={name: v for name, v in wanted.items() if name != "data" or "data" in where},
         )
-    last = -1 if checkpoint is None else checkpoint.step
-    # A record whose checkpoint was not written any more is made again.
+    # A record whose checkpoint was not written any more is made again; so is the one that a
+    # checkpoint taken before it has still to make.
+    last = -1 if checkpoint is None else checkpoint.step - bool(checkpoint.since_record)
     kept = [record for record in records if record["step"] <= last]
     if path.exists():
         write_records(path, kept)
@@ -114,7 +133,9 @@ def _of_record(record: Record) -> dict[str, Any]:
     return run_identity(record["args"], record["hparams"])
 
 
-def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Record]:
+def _train(
+    run: Run, start: int, since_record: SinceRecord, progress: ReportProgress | None
+) -> Iterator[Record]:
     train_batches = zip(*_train_loaders(run, start), strict=True)
     uda_batches = _uda_batches(run, start)
     evaluators = {name: _eval_batches(run, split) for name, split in run.splits.items()}
@@ -124,9 +145,62 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
         len(s) / batch_size for name, s in run.splits.items() if name.endswith("_in")
     )
 
-    since_record: dict[str, list[float]] = defaultdict(list)
     last_finite: dict[str, float] = {}
     shown_keys: list[str] = []
+    saved_at = time.monotonic()
+
+    def save(step: int) -> None:
+        nonlocal saved_at
+        save_checkpoint(
+            run.folder / CHECKPOINT_FILE,
+            step=step,
+            algorithm=run.algorithm,
+            info=run.info,
+            since_record=since_record,
+        )
+        saved_at = time.monotonic()
+
+    def record_at(step: int) -> Record:
+        nonlocal shown_keys
+        if progress is not None:
+            loss = since_record["loss"][-1] if "loss" in since_record else None
+            progress(RunState(step + 1, run.num_steps, loss, phase="evaluating"))
+        results: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch}
+        results.update({key: float(np.mean(column)) for key, column in since_record.items()})
+        try:
+            accuracies = evaluate(
+                run.algorithm,
+                evaluators,
+                device=run.device,
+                num_classes=run.dataset.num_classes,
+                ranks=run.ranks,
+                before_batch=lambda: _stop_if_requested(step),
+            )
+        except Stopped:  # the record is made when the run goes on
+            save(step)
+            wait_for_ranks()
+            raise
+        results.update(accuracies)
+        results["mem_gb"] = (
+            torch.cuda.max_memory_allocated() / 2**30 if run.device == "cuda" else 0.0
+        )
+        shown_keys = _print_results(results, shown_keys)
+        record = {
+            **results,
+            "hparams": run.hparams,
+            "args": run.args.record_args(),
+            "provenance": run.provenance,
+        }
+        if run.ranks.is_first:
+            append_record(run.folder / RECORDS_FILE, record)
+        since_record.clear()
+        save(step)
+        if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
+            save_algorithm(run.folder, run.algorithm, run.info, name=f"model_step{step}")
+        return record
+
+    if since_record and _has_record(run, start - 1):
+        yield record_at(start - 1)
     for step in range(start, run.num_steps):
         began = time.time()
         minibatches = [_to_device(batch, run.device) for batch in next(train_batches)]
@@ -141,45 +215,31 @@ def _train(run: Run, start: int, progress: ReportProgress | None) -> Iterator[Re
         _check_finite(values, step, last_finite)
         last_finite = values
         for key, value in values.items():
-            since_record[key].append(value)
-        state = RunState(step + 1, run.num_steps, values.get("loss"))
+            since_record[key].append(float(value))
         if progress is not None:
-            progress(state)
+            progress(RunState(step + 1, run.num_steps, values.get("loss")))
 
-        if step % run.checkpoint_freq == 0 or step == run.num_steps - 1:
+        save_due = time.monotonic() - saved_at >= 60 * run.args.checkpoint_minutes
+        stop, save_due = on_any_rank(stop_requested(), save_due)
+        if stop or save_due or _has_record(run, step):
             _check_parameters(run.algorithm, step, last_finite)
-            if progress is not None:
-                progress(RunState(step + 1, run.num_steps, state.loss, phase="evaluating"))
-            results: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch}
-            results.update({key: float(np.mean(column)) for key, column in since_record.items()})
-            results.update(
-                evaluate(
-                    run.algorithm,
-                    evaluators,
-                    device=run.device,
-                    num_classes=run.dataset.num_classes,
-                    ranks=run.ranks,
-                )
-            )
-            results["mem_gb"] = (
-                torch.cuda.max_memory_allocated() / 2**30 if run.device == "cuda" else 0.0
-            )
-            shown_keys = _print_results(results, shown_keys)
-            record = {
-                **results,
-                "hparams": run.hparams,
-                "args": run.args.record_args(),
-                "provenance": run.provenance,
-            }
-            if run.ranks.is_first:
-                append_record(run.folder / RECORDS_FILE, record)
-            save_checkpoint(
-                run.folder / CHECKPOINT_FILE, step=step, algorithm=run.algorithm, info=run.info
-            )
-            if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
-                save_algorithm(run.folder, run.algorithm, run.info, name=f"model_step{step}")
-            since_record.clear()
-            yield record
+        if stop or save_due:
+            save(step)
+        if stop:
+            wait_for_ranks()
+            raise Stopped(step)
+        if _has_record(run, step):
+            yield record_at(step)
+
+
+def _has_record(run: Run, step: int) -> bool:
+    return step % run.checkpoint_freq == 0 or step == run.num_steps - 1
+
+
+def _stop_if_requested(step: int) -> None:
+    (stop,) = on_any_rank(stop_requested())
+    if stop:
+        raise Stopped(step)
 
 
 def _train_loaders(run: Run, start: int) -> list[TrainBatches]:

@@ -6,6 +6,7 @@ and err.txt. The parent hands out jobs one by one, shows progress, and replaces 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
@@ -22,15 +23,29 @@ from typing import Any
 
 from domainbed_ext.display import RunState, SweepProgress
 from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, job_label, make_folder, mark_failed
+from domainbed_ext.stop_signals import (
+    EXIT_STOPPED,
+    Stopped,
+    ask_to_stop,
+    stop_requested,
+    stops_on_signals,
+)
 
 REPORT_SECONDS = 0.2
-_OUTCOMES = {0: "done", 1: "failed", 2: "failed", 3: "in use by another process"}
+_END_SECONDS = 10.0
+_OUTCOMES = {
+    0: "done",
+    1: "failed",
+    2: "failed",
+    3: "in use by another process",
+    EXIT_STOPPED: "stopped, to be gone on with",
+}
 
 
 def run_jobs(
     jobs: Sequence[TrainArgs], *, num_workers: int, threads: int, devices: Sequence[str] = ()
 ) -> None:
-    """Runs all jobs. Ctrl-C stops the workers, leaving their jobs to be gone on with.
+    """Runs all jobs. Ctrl-C and `Stopped` make the workers save and leave, to be gone on with.
 
     Args:
         jobs: What to run, in this order.
@@ -58,7 +73,10 @@ def run_jobs(
                         workers[workers.index(worker)] = worker.replace()
         finally:
             for worker in workers:
-                worker.stop()
+                worker.ask_to_stop()
+            for worker in workers:
+                # whoever sent a signal decides how long to wait: then comes SIGKILL
+                worker.join(None if stop_requested() else _END_SECONDS)
 
 
 @dataclass
@@ -87,7 +105,7 @@ class _Worker:
             pass  # the worker is dead; `receive` finds out and says so
 
     def receive(self, progress: SweepProgress) -> bool:
-        """Takes one message; False when the worker has died."""
+        """Takes one message; False when the worker is gone."""
         assert self.job is not None
         label = job_label(self.job)
         try:
@@ -105,19 +123,22 @@ class _Worker:
         else:
             progress.finished(label, _OUTCOMES.get(message, f"failed ({message})"))
             self.job = None
-        return True
+        return message != EXIT_STOPPED
 
     def replace(self) -> _Worker:
         """A fresh worker with the same settings."""
         self.connection.close()
         return _Worker(threads=self.threads, device=self.device)
 
-    def stop(self) -> None:
-        """Ends the process: at once if it is at work, politely if it waits."""
-        if self.job is not None:
-            self.process.terminate()
+    def ask_to_stop(self) -> None:
+        """Makes the process end: after its step and a checkpoint if it is at work."""
+        if self.job is not None and self.process.pid is not None:
+            ask_to_stop(self.process.pid)
         self.connection.close()
-        self.process.join(timeout=10)
+
+    def join(self, seconds: float | None) -> None:
+        """Waits so long for the process to end; then ends it."""
+        self.process.join(seconds)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -158,14 +179,13 @@ def _work(connection: Connection, threads: int, device: str | None) -> None:
 
     torch.set_num_threads(threads)
     reporter = _Reporter(connection)
-    try:
-        while True:
+    with contextlib.suppress(EOFError, OSError, Stopped), stops_on_signals():
+        while not stop_requested():
+            # fails when the parent has closed its end, or is gone
             connection.send(_run_into_files(connection.recv(), reporter))
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-    except (EOFError, OSError):
-        pass  # the parent has closed its end, or is gone
 
 
 class _Reporter:
@@ -183,9 +203,7 @@ class _Reporter:
         try:
             self._connection.send(state)
         except OSError:
-            # The parent was killed. What is left to do can be gone on with; nobody waits for it
-            # now.
-            os._exit(1)
+            ask_to_stop(os.getpid())  # the parent is gone: nobody waits for the rest now
 
 
 def _run_into_files(args: TrainArgs, reporter: Any) -> int:

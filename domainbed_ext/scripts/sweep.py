@@ -22,7 +22,7 @@ from domainbed_ext.datasets import (
 from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
-from domainbed_ext.jobs import TASKS, Job, JobState, job_label
+from domainbed_ext.jobs import TASKS, Job, JobState, TrainArgs, job_label
 from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.scripts.train import (
@@ -32,6 +32,7 @@ from domainbed_ext.scripts.train import (
     EXIT_USAGE,
     check_args,
 )
+from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stops_on_signals
 from domainbed_ext.torchrun import check_algorithms, distributed_command
 
 # A diverged job would diverge again, step for step; the others are worth another try.
@@ -65,7 +66,8 @@ examples:
 
 then: ltdr collect --input_dir sweep_output
 
-exit status: 0 all jobs done, 1 a job failed, 2 bad input, 130 interrupted
+exit status: 0 all jobs done, 1 a job failed, 2 bad input, 130 interrupted, 143 stopped by SIGTERM,
+which makes the jobs write a checkpoint and leave
 """
 
 
@@ -153,6 +155,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--num_workers", type=int, help="processes per loader that decode image files"
     )
     parser.add_argument("--skip_model_save", action="store_true", help="save no models")
+    parser.add_argument(
+        "--checkpoint_minutes",
+        type=float,
+        default=TrainArgs.checkpoint_minutes,
+        metavar="MINUTES",
+        help="write checkpoints that often between evaluations too (default: 10)",
+    )
     add_flags(parser)
     return parser
 
@@ -161,7 +170,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """The command line. Returns the exit status."""
     args = build_parser(prog).parse_args(argv)
     try:
-        return sweep(args)
+        with stops_on_signals():
+            return sweep(args)
+    except Stopped:
+        print("\nstopped; the same command goes on with what is not done", file=sys.stderr)
+        return EXIT_STOPPED
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -42,6 +42,7 @@ from domainbed_ext.jobs import (
     run_identity,
 )
 from domainbed_ext.seeds import seed_hash
+from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stop_requested, stops_on_signals
 
 if TYPE_CHECKING:
     from domainbed_ext.records import Record
@@ -74,7 +75,11 @@ examples:
   all domains trained, none held out (the ceiling of EmojiDG's table):
     ltdr train --algorithm LTDR --dataset EmojiDG --data_dir data --test_envs
 
-exit status: 0 done, 1 failed, 2 bad input, 3 in use by another process, 130 interrupted
+On SIGTERM, SIGUSR1 or SIGUSR2 a run finishes its step, writes a checkpoint and leaves; a second
+SIGTERM ends it at once. See docs/clusters.md.
+
+exit status: 0 done, 1 failed, 2 bad input, 3 in use by another process, 130 interrupted, 143
+stopped by a signal
 """
 
 
@@ -155,6 +160,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         type=int,
         help="processes per loader that decode image files (default: the data set's)",
     )
+    parser.add_argument(
+        "--checkpoint_minutes",
+        type=float,
+        default=default.checkpoint_minutes,
+        metavar="MINUTES",
+        help="write a checkpoint that often between evaluations too, which changes no number; inf: "
+        "at evaluations only (default: 10)",
+    )
     add_flags(parser)
     parser.add_argument(
         "--distributed",
@@ -182,6 +195,7 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
     Raises:
         UsageError: Bad input.
         DivergedError: A loss was not finite; the folder is marked as failed.
+        Stopped: A signal asked for an end, under `stops_on_signals`.
     """
     from domainbed_ext.records import RECORDS_FILE, read_records
 
@@ -218,6 +232,8 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
         except OtherRankError:
             raise
         except Exception as error:
+            if stop_requested():  # helper processes and other ranks may have left already
+                raise Stopped from error
             message = f"{type(error).__name__}: {error}"
             if ranks.size > 1:
                 first = read_failure(folder)
@@ -270,6 +286,10 @@ def check_args(args: TrainArgs) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value} is too small; choose {least} or more")
+    if not args.checkpoint_minutes >= 0:
+        raise UsageError(
+            f"--checkpoint_minutes {args.checkpoint_minutes} is impossible; choose 0 or more"
+        )
     if not 0 < args.holdout_fraction < 1:
         raise UsageError(
             f"--holdout_fraction {args.holdout_fraction} is impossible; choose one between 0 and 1"
@@ -316,10 +336,21 @@ def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Stopped as stop:
+        if current_ranks().is_first:
+            print(_stop_line(stop), file=sys.stderr)
+        return EXIT_STOPPED
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _stop_line(stop: Stopped) -> str:
+    if stop.step is not None:
+        return f"stopped after step {stop.step}; the same command goes on from there"
+    reason = "" if stop.__cause__ is None else f" ({stop.__cause__})"
+    return f"stopped{reason}; the same command goes on from the last checkpoint, if there is one"
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -328,10 +359,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     try:
         # Before the folder is made: a typing error should leave nothing behind.
         check_args(args)
-        if args.distributed:
-            return _main_of_rank(args)
-        with run_progress(job_label(args)) as progress, tee_output(Path(args.output_dir)):
-            return run_job(args, progress=progress)
+        with stops_on_signals():
+            if args.distributed:
+                return _main_of_rank(args)
+            with run_progress(job_label(args)) as progress, tee_output(Path(args.output_dir)):
+                return run_job(args, progress=progress)
+    except Stopped:
+        return EXIT_STOPPED
     except UsageError as error:
         if not args.distributed or asked_rank() == 0:
             print(f"error: {error}", file=sys.stderr)

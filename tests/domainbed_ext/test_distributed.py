@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +34,11 @@ from domainbed_ext.records import read_records
 from domainbed_ext.runs import prepare_run
 from domainbed_ext.scripts.sweep import main as sweep
 from domainbed_ext.scripts.train import check_args, main, train
+from domainbed_ext.stop_signals import Stopped, stops_on_signals
 from domainbed_ext.torchrun import distributed_command, ranks_of
 from tests.distributed import RankError, run_ranks
 
+ROOT = Path(__file__).resolve().parents[2]
 # Nothing drawn at random, so that one process computes the same. Seven images per domain are not
 # shared evenly, and five experts neither.
 QUIET = {
@@ -157,6 +162,58 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_records(tmp_path):
         assert [record["step"] for record in records] == [0, 2, 4]
         assert without_times(records)[:2] == expected[:2]
         assert np.isfinite(records[-1]["loss"])
+
+
+def signalled_at_step_3(args: TrainArgs) -> int | None:
+    """Rank 1 alone gets a signal; all leave after the same step."""
+
+    def progress(state):
+        if state.step == 4 and current_ranks().rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with pytest.raises(Stopped) as stop, stops_on_signals():
+        train(args, progress=progress)
+    return stop.value.step
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path):
+    whole, parts = (arguments(tmp_path / name) for name in ("whole", "parts"))
+    run_ranks(train_on_ranks, 2, whole)
+    assert run_ranks(signalled_at_step_3, 2, parts) == [3, 3]
+    checkpoint = load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors")
+    assert checkpoint.step == 3
+    assert len(checkpoint.since_record["loss"]) == 1  # the last record was made at step 2
+    run_ranks(train_on_ranks, 2, parts)
+    ours, theirs = (
+        without_times(read_records(tmp_path / name / "results.jsonl"))
+        for name in ("parts", "whole")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_ranks_of_a_sweep(tmp_path):
+    command = [
+        *(sys.executable, "-m", "domainbed_ext.scripts.sweep"),
+        *("--datasets", "Debug28", "--algorithms", "LTDR", "--output_dir", str(tmp_path)),
+        *("--n_hparams", "1", "--n_trials", "1", "--single_test_envs", "--test_envs", "0"),
+        *("--steps", "100000", "--skip_confirmation", "--device", "cpu", "--gpus_per_job", "2"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 90
+        while not (found := list(tmp_path.glob("*/results.jsonl"))):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=90)
+    assert process.returncode == 143
+    assert "Traceback" not in said
+    folder = found[0].parent
+    step = load_checkpoint(folder / "checkpoint.safetensors").step
+    expected = f"stopped after step {step}; the same command goes on from there\n"
+    assert (folder / "err.txt").read_text() == expected
+    assert not (folder / "failed").exists()
 
 
 def die_at_step_3(args: TrainArgs) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from domainbed_ext import launchers
+from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import JobState, mark_done, mark_failed
 from domainbed_ext.plan import make_jobs
@@ -270,6 +271,24 @@ def test_a_killed_worker_is_replaced_and_ctrl_c_stops_cleanly(tmp_path):
     assert states == {JobState.FAILED, JobState.INCOMPLETE, JobState.NOT_LAUNCHED}
 
 
+def test_sigterm_makes_the_workers_save_and_leave(tmp_path):
+    long = [*DEBUG, "--steps", "100000", "--algorithms", "LTDR", "--output_dir", str(tmp_path)]
+    with run_sweep(*long, "--jobs", "2") as process:
+        wait_for(lambda: len(list(tmp_path.glob("*/results.jsonl"))) == 2)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.endswith("\nstopped; the same command goes on with what is not done\n")
+    assert "Traceback" not in err
+    states = [_moved(job, tmp_path).state for job in plan(*long)]
+    assert states == [JobState.INCOMPLETE, JobState.INCOMPLETE, JobState.NOT_LAUNCHED]
+    for errors in tmp_path.glob("*/err.txt"):
+        step = load_checkpoint(errors.parent / "checkpoint.safetensors").step
+        assert step > 0
+        expected = f"stopped after step {step}; the same command goes on from there\n"
+        assert errors.read_text() == expected
+
+
 def test_flags_are_frozen():
     """Removing or renaming one breaks scripts: it takes a forwarding shim."""
     upstream = (
@@ -279,7 +298,7 @@ def test_flags_are_frozen():
     ).split()
     ours = (
         "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
-        "image_cache_dir image_cache_gb"
+        "image_cache_dir image_cache_gb checkpoint_minutes"
     ).split()
     flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
     assert flags == {*upstream, *ours}

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from domainbed_ext import algorithms, training
-from domainbed_ext.checkpoint import load_algorithm
+from domainbed_ext.checkpoint import load_algorithm, load_checkpoint
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import DivergedError, TrainArgs, job_lock
+from domainbed_ext.jobs import DivergedError, Job, JobState, TrainArgs, job_lock
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import evaluation_splits, prepare_run
-from domainbed_ext.scripts.train import build_parser, main, run_hparams, train
+from domainbed_ext.scripts.train import build_parser, main, run_hparams, run_job, train
+from domainbed_ext.stop_signals import stop_requested, stops_on_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"dataset": "Debug28", "steps": 5, "checkpoint_freq": 2, "device": "cpu"}
@@ -170,6 +171,98 @@ def test_a_record_without_its_checkpoint_is_made_again(tmp_path, monkeypatch):
         file.write('{"half a rec')
     assert comparable(run(folder)) == comparable(expected)
     assert not (folder / "failed").exists()
+
+
+def ask_at(step, phase="training", number=signal.SIGTERM):
+    """Sends this process a signal at a step."""
+
+    def progress(state):
+        if (state.step, state.phase) == (step, phase):
+            os.kill(os.getpid(), number)
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "hparams"),
+    [("ERM_ViT", ELABORATE), ("LTDR", {"ltdr_tail_scope": "ema", "augmentation": "domainbed"})],
+)
+def test_a_signal_saves_at_that_step_and_changes_no_number(tmp_path, algorithm, hparams):
+    changes = {"algorithm": algorithm, "hparams": hparams, "steps": 7, "checkpoint_freq": 3}
+    expected = run(tmp_path / "whole", **changes)
+    args = _args(tmp_path / "parts", **changes)
+    # Records are made at steps 0, 3 and 6; a state counts the steps taken. So: between two records,
+    # at the step of a record, and twice in the evaluation that makes one.
+    signals = [
+        (2, "training", signal.SIGTERM),
+        (4, "training", signal.SIGUSR1),
+        (4, "evaluating", signal.SIGUSR2),
+        (7, "evaluating", signal.SIGTERM),
+    ]
+    for step, phase, number in signals:
+        torch.manual_seed(123)  # the state of a new process
+        with stops_on_signals():
+            assert run_job(args, progress=ask_at(step, phase, number)) == 143
+        assert load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors").step == step - 1
+        assert Job({}, tmp_path / "parts").state is JobState.INCOMPLETE
+    assert comparable(train(args)) == comparable(expected)
+
+
+def test_checkpoints_between_records_change_no_number(tmp_path, monkeypatch):
+    real, saved = training.save_checkpoint, []
+
+    def save(path, **rest):
+        real(path, **rest)
+        saved.append((rest["step"], bool(rest["since_record"])))
+
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    expected = run(tmp_path / "whole", checkpoint_minutes=math.inf)
+    assert saved == [(0, False), (2, False), (4, False)]
+    saved.clear()
+    assert comparable(run(tmp_path / "often", checkpoint_minutes=0)) == comparable(expected)
+    pending = [(0, True), (0, False), (1, True), (2, True), (2, False)]
+    assert saved[:5] == pending
+
+
+def test_a_record_that_a_checkpoint_waits_for_is_made_once(tmp_path, monkeypatch):
+    expected = run(tmp_path / "whole")
+    real = training.save_checkpoint
+
+    def killed_after_the_record(path, **rest):
+        if rest["step"] == 2 and not rest["since_record"]:
+            raise Stop
+        real(path, **rest)
+
+    monkeypatch.setattr(training, "save_checkpoint", killed_after_the_record)
+    with pytest.raises(Stop):
+        run(tmp_path / "parts", checkpoint_minutes=0)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "parts" / "checkpoint.safetensors").step == 2
+    assert len(read_records(tmp_path / "parts" / "results.jsonl")) == 2
+    assert comparable(run(tmp_path / "parts")) == comparable(expected)
+
+
+def test_an_error_after_a_signal_is_no_failure(tmp_path, monkeypatch, capsys):
+    def update(self, minibatches, unlabeled=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a decoding process is gone")
+
+    monkeypatch.setattr(algorithms.ERM_ViT, "update", update)
+    assert main(_flags(tmp_path)) == 143
+    assert capsys.readouterr().err == (
+        "stopped (a decoding process is gone); the same command goes on from the last checkpoint, "
+        "if there is one\n"
+    )
+    assert not (tmp_path / "failed").exists()
+    assert not stop_requested()
+
+
+def test_a_signal_before_the_first_step_ends_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "domainbed_ext.runs.prepare_run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert main(_flags(tmp_path)) == 143
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["err.txt", "lock", "out.txt"]
 
 
 def test_kill_9_and_resume(tmp_path):
@@ -330,6 +423,7 @@ BAD_INPUT = {
     "seed": (["--seed", "-1"], "--seed"),
     "missing data": (["--dataset", "PACS", "--data_dir", "/nowhere"], "/nowhere"),
     "missing folder": (["--dataset", "folder:/nowhere"], "/nowhere"),
+    "minutes": (["--checkpoint_minutes", "-1"], "--checkpoint_minutes -1.0 is impossible"),
     "output folder": (["--output_dir", "/dev/null/x"], "cannot write to the output folder"),
 }
 
@@ -377,7 +471,7 @@ def test_flags_are_frozen():
     ).split()
     actions = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
     assert set(actions) == {
-        *(*upstream, "device", "num_workers", "distributed"),
+        *(*upstream, "device", "num_workers", "distributed", "checkpoint_minutes"),
         *("image_cache", "image_cache_dir", "image_cache_gb"),
     }
     # DomainBed's defaults, but for the data: it has no data folder, and RotatedMNIST is no file.
