@@ -21,6 +21,20 @@ _SELECTIONS: dict[str, dict[str, Any]] = {
     "iat": {"kind": "attention"},
 }
 
+# Fields of a MoESpec, as "moe_..." the hyper-parameters of the algorithms that have a use for them.
+_SPEC_HPARAMS = (
+    "moe_num_experts",
+    "moe_top_k",
+    "moe_layers",
+    "moe_gate",
+    "moe_weighting",
+    "moe_noise_std",
+    "moe_expert_dropout",
+    "moe_capacity_factor",
+    "moe_balance_weight",
+    "moe_dispatcher",
+)
+
 
 def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: Any) -> MoESpec:
     """The sparse model that flat hyper-parameters describe.
@@ -34,19 +48,13 @@ def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: A
     Raises:
         UsageError: Values that do not go together.
     """
-    layers = hparams["moe_layers"]
     changes: dict[str, Any] = {
-        "num_experts": hparams["moe_num_experts"],
-        "top_k": hparams["moe_top_k"],
-        "layers": layers if isinstance(layers, str) else tuple(layers),
-        "gate": hparams["moe_gate"],
-        "weighting": hparams["moe_weighting"],
-        "noise_std": hparams["moe_noise_std"],
-        "expert_dropout": hparams["moe_expert_dropout"],
-        "capacity_factor": hparams["moe_capacity_factor"] or None,
-        "balance_weight": hparams["moe_balance_weight"],
-        "dispatcher": hparams["moe_dispatcher"],
+        name.removeprefix("moe_"): hparams[name] for name in _SPEC_HPARAMS if name in hparams
     }
+    if not isinstance(changes["layers"], str):
+        changes["layers"] = tuple(changes["layers"])
+    if "capacity_factor" in changes:
+        changes["capacity_factor"] = changes["capacity_factor"] or None
     try:
         if "ltdr_selection" in hparams:
             changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None

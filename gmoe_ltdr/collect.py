@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gmoe_ltdr.moe import MoE
-from gmoe_ltdr.routers import Router
+from gmoe_ltdr.routers.base import Router, is_recomputed
 from gmoe_ltdr.routing import Routing
 
 
@@ -41,8 +41,8 @@ def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
 
     def hook_of(name: str):
         def keep(router: Router, _inputs, routing: Routing) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # recomputed by activation checkpointing during backward
+            if is_recomputed():
+                return
             if router.training and grad_was_enabled and not torch.is_grad_enabled():
                 raise RuntimeError(
                     f"layer {name!r} ran without gradients although collect_routing was entered "

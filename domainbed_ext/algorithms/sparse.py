@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.vit import ERM_ViT
@@ -17,7 +19,7 @@ from domainbed_ext.backbones import (
     spec_from_hparams,
     timm_arguments,
 )
-from gmoe_ltdr import MoESpec, balance_loss, collect_routing, create_moe_vit
+from gmoe_ltdr import MoESpec, Routing, balance_loss, collect_routing, create_moe_vit
 
 
 class SparseViT(ERM_ViT):
@@ -44,15 +46,22 @@ class SparseViT(ERM_ViT):
         with collect_routing(self.network) as routings:
             task_loss = self.task_loss(self.run_network(x), y)
         balance = balance_loss(routings, self.spec)
-        plans = routings.values()
-        numbers = {
+        return task_loss + balance, {
             "balance_loss": balance.detach(),
-            "tail_share": torch.stack([p.tail_mask_T.float().mean() for p in plans]).mean(),
-            "experts_per_token": torch.stack(
-                [p.experts_per_token_T.float().mean() for p in plans]
-            ).mean(),
+            **routing_numbers(routings.values()),
         }
-        return task_loss + balance, numbers
+
+
+def routing_numbers(plans: Iterable[Routing]) -> dict[str, Tensor]:
+    """Means over the layers of what the routers decided, for the records."""
+    tails, experts = zip(
+        *((p.tail_mask_T.float().mean(), p.experts_per_token_T.float().mean()) for p in plans),
+        strict=True,
+    )
+    return {
+        "tail_share": torch.stack(tails).mean(),
+        "experts_per_token": torch.stack(experts).mean(),
+    }
 
 
 @register_algorithm

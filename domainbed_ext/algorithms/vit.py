@@ -69,8 +69,12 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         """
         return self.task_loss(self.run_network(x), y), {}
 
+    def take_step(self) -> None:
+        """Update the parameters with their gradients."""
+        self.optimizer.step()
+
     def after_step(self) -> None:
-        """Called when the parameters have been updated."""
+        """Called when the parameters have been updated, before they are averaged."""
 
     def run_network(self, x: Tensor) -> Tensor:
         """Logits in training."""
@@ -100,7 +104,7 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         if self.hparams["grad_clip"] > 0:
             clip_grad_norm_(self.network, self.hparams["grad_clip"])
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        self.take_step()
         self.scheduler.step()
         self.after_step()
         if self.average is not None:

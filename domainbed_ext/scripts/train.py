@@ -25,7 +25,12 @@ from domainbed_ext.distributed import (
     on_first_rank,
 )
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparams import default_hparams, parse_hparams, random_hparams
+from domainbed_ext.hparams import (
+    VIT_ALGORITHMS,
+    default_hparams,
+    parse_hparams,
+    random_hparams,
+)
 from domainbed_ext.jobs import (
     DONE_FILE,
     FAILED_FILE,
@@ -105,7 +110,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--algorithm",
         default=default.algorithm,
-        help="ERM (ResNet-50), ERM_ViT, GMOE, GMOE_DAR, GMOE_EEA or LTDR (default: %(default)s)",
+        help=f"ERM (ResNet-50), {', '.join(VIT_ALGORITHMS)} (default: %(default)s)",
     )
     parser.add_argument("--task", default=default.task, choices=TASKS)
     parser.add_argument(

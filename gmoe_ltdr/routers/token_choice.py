@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from gmoe_ltdr.capacity import expert_capacity, limit_to_capacity
 from gmoe_ltdr.gates import GATES
-from gmoe_ltdr.routers.base import Router, check_router_options, register_router
+from gmoe_ltdr.routers.base import (
+    Router,
+    check_router_options,
+    is_recomputed,
+    register_router,
+)
 from gmoe_ltdr.routing import Modality, Routing, TokenContext, expert_rank
 from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
@@ -223,7 +228,7 @@ class TokenChoiceRouter(Router):
         if not self.training:
             # before any training batch there is nothing else to compare with
             return torch.where(self.mean_rpv.isnan(), batch_mean, self.mean_rpv)
-        if not _in_backward():  # activation checkpointing runs forward again: count it once
+        if not is_recomputed():
             moved = _EMA_DECAY * self.mean_rpv + (1 - _EMA_DECAY) * batch_mean
             moved = torch.where(self.mean_rpv.isnan(), batch_mean, moved)
             self.mean_rpv.copy_(torch.where(batch_mean.isnan(), self.mean_rpv, moved))
@@ -276,8 +281,3 @@ def _check_options(spec: MoESpec) -> None:
 
 def _padding_as_language(modality_BL: Tensor) -> Tensor:
     return modality_BL.masked_fill(modality_BL == int(Modality.PADDING), int(Modality.LANGUAGE))
-
-
-def _in_backward() -> bool:
-    """Whether this forward is a recomputation by activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
