@@ -14,6 +14,7 @@ from torch import nn
 
 from gmoe_ltdr.moe import MoE
 from gmoe_ltdr.routers import Router
+from gmoe_ltdr.routers.base import in_backward
 from gmoe_ltdr.routing import Routing
 
 
@@ -41,8 +42,8 @@ def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
 
     def hook_of(name: str):
         def keep(router: Router, _inputs, routing: Routing) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # recomputed by activation checkpointing during backward
+            if in_backward():
+                return
             if router.training and grad_was_enabled and not torch.is_grad_enabled():
                 raise RuntimeError(
                     f"layer {name!r} ran without gradients although collect_routing was entered "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from gmoe_ltdr.routing import Routing, TokenContext
@@ -57,6 +58,12 @@ def check_router_options(spec: MoESpec, options: Mapping[str, Sequence[Any] | No
         choices = known[name]
         if choices is not None and value not in choices:
             raise ValueError(f"router_options[{name!r}]={value!r} is not one of {choices}")
+
+
+def in_backward() -> bool:
+    """Whether this forward is a recomputation by activation checkpointing, which must not advance
+    what a router accumulates."""
+    return torch._C._current_graph_task_id() != -1
 
 
 _ROUTERS: dict[str, type[Router]] = {}
