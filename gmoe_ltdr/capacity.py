@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 from gmoe_ltdr.routing import Routing, expert_rank
+from gmoe_ltdr.spec import MoESpec
+
+# What `MoESpec.router_options` may say of it, for every router that calls `limit_as_specified`.
+CAPACITY_OPTIONS = {
+    "eval_capacity": ("none", "batch"),
+    "prioritised": (True, False),
+    "renormalize_after_capacity": (True, False),
+    "capacity_convention": ("tutel", "vmoe", "deepspeed"),
+    "min_capacity": None,
+}
 
 
 def expert_capacity(
@@ -51,6 +61,35 @@ def expert_capacity(
             f"capacity_factor={capacity_factor} leave no slot per expert"
         )
     return math.ceil(slots / 4) * 4
+
+
+def limit_as_specified(routing: Routing, spec: MoESpec, *, training: bool) -> Routing:
+    """The plan within the capacity that a spec asks for; unchanged when it asks for none.
+
+    Options: `prioritised` (batch-prioritised dropping, on), `eval_capacity` ("none": evaluation
+    drops nothing, so that an image's logits do not depend on its batch mates; "batch": as in
+    training, GMoE read literally), `renormalize_after_capacity` (DeepSpeed), `capacity_convention`
+    and `min_capacity`.
+    """
+    options = spec.router_options
+    if spec.capacity_factor is None:
+        return routing
+    if not training and options.get("eval_capacity", "none") == "none":
+        return routing
+    capacity = expert_capacity(
+        routing.logits_TE.shape[0],
+        spec.num_experts,
+        spec.top_k,
+        spec.capacity_factor,
+        convention=options.get("capacity_convention", "tutel"),
+        min_capacity=options.get("min_capacity", 0),
+    )
+    return limit_to_capacity(
+        routing,
+        capacity,
+        prioritised=options.get("prioritised", True),
+        renormalize=options.get("renormalize_after_capacity", False),
+    )
 
 
 def limit_to_capacity(

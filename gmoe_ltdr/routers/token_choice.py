@@ -11,14 +11,15 @@ Shapes: B images, L tokens per image, T = B * L, D width, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmoe_ltdr.capacity import expert_capacity, limit_to_capacity
+from gmoe_ltdr.capacity import CAPACITY_OPTIONS, limit_as_specified
 from gmoe_ltdr.gates import GATES
 from gmoe_ltdr.routers.base import (
     Router,
@@ -32,15 +33,6 @@ from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_varian
 
 Weighting = Literal["renormalize", "raw", "softmax_of_probs"]
 
-_ROUTER_OPTIONS = {
-    "second_expert": ("argmax", "gumbel"),
-    "eval_capacity": ("none", "batch"),
-    "prioritised": (True, False),
-    "renormalize_after_capacity": (True, False),
-    "capacity_convention": ("tutel", "vmoe", "deepspeed"),
-    "min_capacity": None,
-    "padding": ("exclude", "language"),
-}
 _EMA_DECAY = 0.99
 
 
@@ -145,19 +137,25 @@ def expert_weights(probs_TE: Tensor, mask_TE: Tensor, weighting: Weighting) -> T
 class TokenChoiceRouter(Router):
     """Gate, noise, tail rule, top-k, weights, capacity.
 
-    `MoESpec.router_options` understood here: `second_expert` ("argmax", "gumbel"), `prioritised`
-    (batch-prioritised dropping, on), `eval_capacity` ("none": evaluation drops nothing, so that an
-    image's logits do not depend on its batch mates; "batch": as in training, GMoE read literally),
-    `renormalize_after_capacity` (DeepSpeed), `capacity_convention`, `min_capacity`, `padding`
-    ("language" routes and counts padding as language tokens, which DeepSpeed does), and those of
-    the losses (`gmoe_ltdr.spec.OPTIONS`).
+    `MoESpec.router_options` understood here: `second_expert` ("argmax", "gumbel"), `padding`
+    ("language" routes and counts padding as language tokens, which DeepSpeed does), those of
+    capacity (`gmoe_ltdr.capacity.limit_as_specified`) and of the losses (`gmoe_ltdr.spec.OPTIONS`).
     """
 
+    options: Mapping[str, Sequence[Any] | None] = {
+        **CAPACITY_OPTIONS,
+        "second_expert": ("argmax", "gumbel"),
+        "padding": ("exclude", "language"),
+    }
     mean_rpv: Tensor  # where the rule has the scope "ema"
 
     def __init__(self, dim: int, spec: MoESpec):
         super().__init__(dim, spec)
-        _check_options(spec)
+        check_router_options(spec, self.options)
+        if spec.router_options.get("second_expert") == "gumbel" and spec.top_k != 2:
+            raise ValueError(
+                f"second_expert='gumbel' chooses the second of two experts, but top_k={spec.top_k}"
+            )
         self.gate = GATES[spec.gate](dim, spec.num_experts)
         rule = spec.tail_rule
         if spec.activates_tail and "ema" in (rule.scope, rule.eval_scope):
@@ -199,7 +197,7 @@ class TokenChoiceRouter(Router):
             )
             if rule.kind == "learned" and threshold is not None and self.training:
                 routing = self._straight_through(routing, threshold)
-            return self._limit(routing)
+            return limit_as_specified(routing, spec, training=self.training)
 
     def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
         """Thresholds that need the router's state; None where `tail_tokens` computes its own."""
@@ -248,35 +246,6 @@ class TokenChoiceRouter(Router):
         slope_TE = (tail_TE - head_TE).detach() * (soft_T1 - soft_T1.detach())
         weights_TE = routing.combine_weights_TE + slope_TE * routing.dispatch_mask_TE
         return Routing(**{**vars(routing), "combine_weights_TE": weights_TE})
-
-    def _limit(self, routing: Routing) -> Routing:
-        spec, options = self.spec, self.spec.router_options
-        if spec.capacity_factor is None:
-            return routing
-        if not self.training and options.get("eval_capacity", "none") == "none":
-            return routing
-        capacity = expert_capacity(
-            routing.logits_TE.shape[0],
-            spec.num_experts,
-            spec.top_k,
-            spec.capacity_factor,
-            convention=options.get("capacity_convention", "tutel"),
-            min_capacity=options.get("min_capacity", 0),
-        )
-        return limit_to_capacity(
-            routing,
-            capacity,
-            prioritised=options.get("prioritised", True),
-            renormalize=options.get("renormalize_after_capacity", False),
-        )
-
-
-def _check_options(spec: MoESpec) -> None:
-    check_router_options(spec, _ROUTER_OPTIONS)
-    if spec.router_options.get("second_expert") == "gumbel" and spec.top_k != 2:
-        raise ValueError(
-            f"second_expert='gumbel' chooses the second of two experts, but top_k={spec.top_k}"
-        )
 
 
 def _padding_as_language(modality_BL: Tensor) -> Tensor:
