@@ -17,6 +17,8 @@ from domainbed_ext.selection import (
     test_acc_key,
 )
 
+NEEDS_EVERY_DOMAIN = "an average needs every domain"
+
 
 def refuse_mixed(records: Sequence[Record]) -> None:
     """Raises a UsageError when an average would mix numbers that are not comparable.

@@ -13,10 +13,10 @@ from pathlib import Path
 from domainbed_ext.domainbed_tables import render_domainbed
 from domainbed_ext.errors import UsageError
 from domainbed_ext.records import JobCount, Record, count_jobs, load_records
-from domainbed_ext.renderers import RENDERERS, make_report, print_rich
-from domainbed_ext.selection import SELECTION_METHODS
+from domainbed_ext.renderers import RENDERERS, print_rich
+from domainbed_ext.report import make_report
+from domainbed_ext.selection import SELECTION_METHODS, selection_methods
 from domainbed_ext.table_checks import refuse_mixed, sweep_notes
-from domainbed_ext.tables import selection_methods
 
 DESCRIPTION = """\
 Print the tables of a sweep: accuracy per test domain and on average, mean and standard error over
