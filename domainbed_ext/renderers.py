@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import IO
 
-import pandas as pd
-
-from domainbed_ext.report import Report, summary, text_tables
+from domainbed_ext.report import Report, report_rows, report_summary, report_tables
 from domainbed_ext.table_names import AVERAGE
 
 _LATEX_ESCAPES = {c: "\\" + c for c in "%_&#{}$"} | {
@@ -53,8 +51,8 @@ def print_rich(report: Report, stream: IO[str], *, plain: bool = False) -> None:
         line = Text(text if plain else text.replace("+/-", "±"), style=style)
         console.print(line, soft_wrap=True)
 
-    show(summary(report))
-    for table in text_tables(report):
+    show(report_summary(report))
+    for table in report_tables(report):
         show("")
         show(table.title, "bold")
         grid = Table(box=box.ASCII_DOUBLE_HEAD if plain else box.SIMPLE_HEAD)
@@ -85,8 +83,8 @@ def render_markdown(report: Report) -> str:
     def escape(text: str) -> str:
         return text.replace("|", r"\|").replace("+/-", "±")
 
-    lines = [summary(report)]
-    for table in text_tables(report):
+    lines = [report_summary(report)]
+    for table in report_tables(report):
         lines += ["", f"### {escape(table.title)}", ""]
         lines += ["| " + " | ".join(map(escape, table.header)) + " |"]
         lines += ["|" + "|".join([":---", *["---:"] * (len(table.header) - 1)]) + "|"]
@@ -102,8 +100,8 @@ def render_latex(report: Report) -> str:
     def escape(text: str) -> str:
         return "".join(_LATEX_ESCAPES.get(c, c) for c in text).replace("+/-", r"$\pm$")
 
-    lines = [f"% {summary(report)}", r"% needs \usepackage{booktabs}"]
-    for table in text_tables(report):
+    lines = [f"% {report_summary(report)}", r"% needs \usepackage{booktabs}"]
+    for table in report_tables(report):
         lines += [
             "",
             r"\begin{table}",
@@ -140,8 +138,8 @@ def render_html(report: Report) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><title>Results</title>',
     ]
-    lines += [f"<style>{style}</style></head><body>", f"<p>{escape(summary(report))}</p>"]
-    for table in text_tables(report):
+    lines += [f"<style>{style}</style></head><body>", f"<p>{escape(report_summary(report))}</p>"]
+    for table in report_tables(report):
         lines += [
             f"<h3>{escape(table.title)}</h3>",
             "<table><thead>",
@@ -161,12 +159,12 @@ def render_html(report: Report) -> str:
 
 def render_csv(report: Report) -> str:
     """One number a row; the columns are those of the frames."""
-    return str(_all_rows(report).round(6).to_csv(index=False, lineterminator="\n"))
+    return str(report_rows(report).round(6).to_csv(index=False, lineterminator="\n"))
 
 
 def render_json(report: Report) -> str:
     """One object: counts, notes, and the rows of the CSV, null where there is no number."""
-    rows = json.loads(_all_rows(report).round(6).to_json(orient="records"))
+    rows = json.loads(report_rows(report).round(6).to_json(orient="records"))
     jobs = report.jobs and asdict(report.jobs)
     content = {
         "total_records": report.total_records,
@@ -185,8 +183,3 @@ RENDERERS: dict[str, tuple[Callable[[Report], str], str]] = {
     "json": (render_json, "json"),
     "html": (render_html, "html"),
 }
-
-
-def _all_rows(report: Report) -> pd.DataFrame:
-    frames = [report.results, report.averages, report.emojidg]
-    return pd.concat([frame for frame in frames if not frame.empty], ignore_index=True)

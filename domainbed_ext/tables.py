@@ -9,7 +9,8 @@
 All frames are tidy, one number a row, accuracies in percent. The columns: `selection`, `dataset`,
 `algorithm`, `environment` (a domain's name, or "Avg"), `metric` ("accuracy", in `averages_frame`
 "domain_mean"), `mean`, `stderr` (over trials), `trials`, `reason` (empty, or why there is no mean).
-`renderers.py` turns them into text.
+`differences_frame`, which compares with a baseline, has a few others. `report.py` and
+`renderers.py` turn them into text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from domainbed_ext.differences import differences_frame
 from domainbed_ext.hparams import order_algorithms
 from domainbed_ext.records import Record
 from domainbed_ext.selection import Selection, SelectionMethod, selection_methods
@@ -38,6 +40,16 @@ from domainbed_ext.trial_values import (
     has_unseen_concepts,
     sweep_accs,
 )
+
+__all__ = [
+    "COLUMNS",
+    "Cell",
+    "averages_frame",
+    "cell_of",
+    "differences_frame",
+    "emojidg_frame",
+    "results_frame",
+]
 
 COLUMNS = (
     "selection",

@@ -63,3 +63,18 @@ def emojidg_values(
             if trial in values["unseen"]:
                 values["gap"][trial] = ceiling.test - values["unseen"][trial]
     return values
+
+
+def values_per_env(
+    records: Sequence[Record], method: type[SelectionMethod], algorithm: str, num_envs: int
+) -> dict[str, list[dict[int, float]]]:
+    """By metric, the values on each domain: "accuracy" and, where concepts are kept apart,
+    `EMOJIDG_METRICS`; `records` are of one data set.
+    """
+    accs = sweep_accs([r for r in records if r["args"]["algorithm"] == algorithm], method)
+    by_env = {env: values for (_, _, env), values in accs.items()}
+    metrics = {"accuracy": [by_env.get(env, {}) for env in range(num_envs)]}
+    if has_unseen_concepts(records):
+        apart = [emojidg_values(records, method, algorithm, env) for env in range(num_envs)]
+        metrics |= {metric: [values[metric] for values in apart] for metric in EMOJIDG_METRICS}
+    return metrics
