@@ -16,7 +16,9 @@ import numpy as np
 from domainbed_ext.hparams import order_algorithms
 from domainbed_ext.records import Record
 from domainbed_ext.selection import SELECTION_METHODS, SelectionMethod
-from domainbed_ext.tables import cell_of, dataset_names, environment_names, sweep_accs
+from domainbed_ext.table_names import dataset_names, environment_names
+from domainbed_ext.tables import cell_of
+from domainbed_ext.trial_values import sweep_accs
 
 _RESULTS_WIDTH = 20
 _AVERAGES_WIDTH = 25

@@ -1,7 +1,7 @@
 """A sweep's tables as terminal output, text, Markdown, LaTeX, HTML, and for programs CSV and JSON.
 
-`Report` holds the frames of `tables.py`; each format is one function from a report to text.
-DomainBed's own form is in `domainbed_tables.py`.
+Each format is one function from a `Report` to text. DomainBed's own form is in
+`domainbed_tables.py`.
 """
 
 from __future__ import annotations
@@ -9,100 +9,18 @@ from __future__ import annotations
 import html
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import IO
 
-import pandas as pd
+from domainbed_ext.report import Report, report_rows, report_summary, report_tables
+from domainbed_ext.table_names import AVERAGE
 
-from domainbed_ext.records import JobCount, Record
-from domainbed_ext.selection import SelectionMethod
-from domainbed_ext.table_checks import sweep_notes
-from domainbed_ext.tables import (
-    AVERAGE,
-    EMOJIDG_METRICS,
-    averages_frame,
-    emojidg_frame,
-    results_frame,
-    selection_methods,
-)
-
-_EMOJIDG_COLUMNS = ("seen", "unseen", "unseen, per class", "ceiling", "gap")
 _LATEX_ESCAPES = {c: "\\" + c for c in "%_&#{}$"} | {
     "\\": r"\textbackslash{}",
     "~": r"\~{}",
     "^": r"\^{}",
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that is printed about a sweep."""
-
-    total_records: int
-    results: pd.DataFrame
-    averages: pd.DataFrame
-    emojidg: pd.DataFrame
-    jobs: JobCount | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """One table, its cells as text, `+/-` for the standard error."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    footnotes: list[str]
-
-
-def make_report(
-    records: Sequence[Record],
-    *,
-    jobs: JobCount | None = None,
-    selection: Iterable[str | type[SelectionMethod]] | None = None,
-    allow_mixed: bool = False,
-) -> Report:
-    """Selects and averages; see `tables.results_frame` for the arguments."""
-    methods = selection_methods(selection)
-    return Report(
-        total_records=len(records),
-        results=results_frame(records, selection=methods, allow_mixed=allow_mixed),
-        averages=averages_frame(records, selection=methods, allow_mixed=allow_mixed),
-        emojidg=emojidg_frame(records, selection=methods, allow_mixed=allow_mixed),
-        jobs=jobs,
-        notes=sweep_notes(records, jobs),
-    )
-
-
-def text_tables(report: Report) -> list[TextTable]:
-    """The tables in the order they are printed: per selection method the data sets, then the
-    averages.
-    """
-    tables = []
-    for method in report.results["selection"].unique():
-        results = report.results[report.results["selection"] == method]
-        emojidg = report.emojidg[report.emojidg["selection"] == method]
-        for dataset in results["dataset"].unique():
-            own = results[results["dataset"] == dataset]
-            kept_apart = emojidg[emojidg["dataset"] == dataset]
-            what = "test accuracy in %" if kept_apart.empty else "accuracy on unseen concepts in %"
-            tables.append(_pivot(own, "environment", f"{dataset}: {what}, selected by {method}"))
-            if kept_apart.loc[kept_apart["metric"] == "unseen", "mean"].notna().any():
-                tables.append(
-                    _emojidg_table(kept_apart, f"{dataset}: seen and unseen, selected by {method}")
-                )
-        averages = report.averages[report.averages["selection"] == method]
-        if averages["dataset"].nunique() > 1:
-            tables.append(
-                _pivot(
-                    averages,
-                    "dataset",
-                    f"Mean over domains in %, of trials with every domain, selected by {method}",
-                )
-            )
-    return tables
 
 
 def render_text(report: Report) -> str:
@@ -133,8 +51,8 @@ def print_rich(report: Report, stream: IO[str], *, plain: bool = False) -> None:
         line = Text(text if plain else text.replace("+/-", "±"), style=style)
         console.print(line, soft_wrap=True)
 
-    show(_summary(report))
-    for table in text_tables(report):
+    show(report_summary(report))
+    for table in report_tables(report):
         show("")
         show(table.title, "bold")
         grid = Table(box=box.ASCII_DOUBLE_HEAD if plain else box.SIMPLE_HEAD)
@@ -165,8 +83,8 @@ def render_markdown(report: Report) -> str:
     def escape(text: str) -> str:
         return text.replace("|", r"\|").replace("+/-", "±")
 
-    lines = [_summary(report)]
-    for table in text_tables(report):
+    lines = [report_summary(report)]
+    for table in report_tables(report):
         lines += ["", f"### {escape(table.title)}", ""]
         lines += ["| " + " | ".join(map(escape, table.header)) + " |"]
         lines += ["|" + "|".join([":---", *["---:"] * (len(table.header) - 1)]) + "|"]
@@ -182,8 +100,8 @@ def render_latex(report: Report) -> str:
     def escape(text: str) -> str:
         return "".join(_LATEX_ESCAPES.get(c, c) for c in text).replace("+/-", r"$\pm$")
 
-    lines = [f"% {_summary(report)}", r"% needs \usepackage{booktabs}"]
-    for table in text_tables(report):
+    lines = [f"% {report_summary(report)}", r"% needs \usepackage{booktabs}"]
+    for table in report_tables(report):
         lines += [
             "",
             r"\begin{table}",
@@ -220,8 +138,8 @@ def render_html(report: Report) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><title>Results</title>',
     ]
-    lines += [f"<style>{style}</style></head><body>", f"<p>{escape(_summary(report))}</p>"]
-    for table in text_tables(report):
+    lines += [f"<style>{style}</style></head><body>", f"<p>{escape(report_summary(report))}</p>"]
+    for table in report_tables(report):
         lines += [
             f"<h3>{escape(table.title)}</h3>",
             "<table><thead>",
@@ -241,12 +159,12 @@ def render_html(report: Report) -> str:
 
 def render_csv(report: Report) -> str:
     """One number a row; the columns are those of the frames."""
-    return str(_all_rows(report).round(6).to_csv(index=False, lineterminator="\n"))
+    return str(report_rows(report).round(6).to_csv(index=False, lineterminator="\n"))
 
 
 def render_json(report: Report) -> str:
     """One object: counts, notes, and the rows of the CSV, null where there is no number."""
-    rows = json.loads(_all_rows(report).round(6).to_json(orient="records"))
+    rows = json.loads(report_rows(report).round(6).to_json(orient="records"))
     jobs = report.jobs and asdict(report.jobs)
     content = {
         "total_records": report.total_records,
@@ -265,79 +183,3 @@ RENDERERS: dict[str, tuple[Callable[[Report], str], str]] = {
     "json": (render_json, "json"),
     "html": (render_html, "html"),
 }
-
-
-def _all_rows(report: Report) -> pd.DataFrame:
-    frames = [report.results, report.averages, report.emojidg]
-    return pd.concat([frame for frame in frames if not frame.empty], ignore_index=True)
-
-
-def _summary(report: Report) -> str:
-    jobs = "" if report.jobs is None else f" of {report.jobs.total} jobs"
-    unfinished = (
-        f", {len(report.jobs.unfinished)} unfinished"
-        if report.jobs and report.jobs.unfinished
-        else ""
-    )
-    return f"{report.total_records} records{jobs}{unfinished}. Mean +/- standard error over trials."
-
-
-def _pivot(frame: pd.DataFrame, columns: str, title: str) -> TextTable:
-    names = list(frame[columns].unique())
-    rows = []
-    for algorithm in frame["algorithm"].unique():
-        cells = frame[frame["algorithm"] == algorithm].set_index(columns)
-        rows.append(
-            [algorithm, *(_cell(cells.loc[name]) for name in names), _trials(cells["trials"])]
-        )
-    return TextTable(title, ["Algorithm", *names, "trials"], rows, _footnotes(frame, columns))
-
-
-def _emojidg_table(frame: pd.DataFrame, title: str) -> TextTable:
-    rows = []
-    for (algorithm, environment), cells in frame.groupby(["algorithm", "environment"], sort=False):
-        by_metric = cells.set_index("metric")
-        texts = [_cell(by_metric.loc[metric]) for metric in EMOJIDG_METRICS]
-        rows.append([str(algorithm), str(environment), *texts, _trials(by_metric["trials"])])
-    notes = _footnotes(frame, "environment")
-    notes.append("ceiling: the same model trained on the test style too; gap: ceiling minus unseen")
-    return TextTable(title, ["Algorithm", "domain", *_EMOJIDG_COLUMNS, "trials"], rows, notes)
-
-
-def _cell(row: pd.Series) -> str:
-    if pd.isna(row["mean"]):
-        return "X"
-    # One trial has no spread to speak of; writing 0.0 would look like a measurement.
-    spread = "" if pd.isna(row["stderr"]) or row["trials"] < 2 else f" +/- {row['stderr']:.1f}"
-    return f"{row['mean']:.1f}{spread}"
-
-
-def _trials(trials: pd.Series) -> str:
-    counts = sorted({int(count) for count in trials if count > 0})
-    return (
-        "0"
-        if not counts
-        else f"{counts[0]}"
-        if len(counts) == 1
-        else f"{counts[0]} to {counts[-1]}"
-    )
-
-
-def _footnotes(frame: pd.DataFrame, columns: str) -> list[str]:
-    """One line for each reason for an X, saying where it applies unless it applies to the whole
-    table.
-    """
-    missing = frame[
-        (frame["reason"] != "") & ~((columns == "environment") & (frame["environment"] == AVERAGE))
-    ]
-    places = len(frame[frame["environment"] != AVERAGE]) if columns == "environment" else len(frame)
-    notes = []
-    for reason, rows in missing.groupby("reason", sort=False):
-        where = [
-            f"{algorithm} ({', '.join(dict.fromkeys(own[columns]))})"
-            for algorithm, own in rows.groupby("algorithm", sort=False)
-        ]
-        notes.append(
-            f"X: {reason}" if len(rows) == places else f"X at {'; '.join(where)}: {reason}"
-        )
-    return notes

@@ -161,6 +161,9 @@ SELECTION_METHODS: tuple[type[SelectionMethod], ...] = (
     Oracle,
 )
 
+# How functions take rules: one or several, by class or name; None for all.
+Selection = str | type[SelectionMethod] | Iterable[str | type[SelectionMethod]] | None
+
 _ALIASES = {
     "iid": TrainingDomainValidation,
     "loo": LeaveOneDomainOut,
@@ -177,6 +180,16 @@ def get_selection_method(name: str) -> type[SelectionMethod]:
         return _ALIASES[name]
     known = ", ".join(method.short_name for method in SELECTION_METHODS)
     raise UsageError(f"unknown selection method {name!r}; choose from {known}")
+
+
+def selection_methods(selection: Selection) -> list[type[SelectionMethod]]:
+    """The rules meant by one or several classes or names, or all of them for None."""
+    if selection is None:
+        return list(SELECTION_METHODS)
+    several = [selection] if isinstance(selection, (str, type)) else list(selection)
+    return [
+        get_selection_method(method) if isinstance(method, str) else method for method in several
+    ]
 
 
 def num_environments(records: Sequence[Record]) -> int:

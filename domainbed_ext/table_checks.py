@@ -17,6 +17,8 @@ from domainbed_ext.selection import (
     test_acc_key,
 )
 
+NEEDS_EVERY_DOMAIN = "an average needs every domain"
+
 
 def refuse_mixed(records: Sequence[Record]) -> None:
     """Raises a UsageError when an average would mix numbers that are not comparable.
@@ -34,6 +36,9 @@ def refuse_mixed(records: Sequence[Record]) -> None:
         ]:
             if provenance.get(key) is not None:
                 _refuse_difference(seen, (key, scope, ""), str(provenance[key]), record)
+        if args.get("holdout_fraction") is not None:  # else trials would not be the same splits
+            where = ("holdout_fraction", args["dataset"], "")
+            _refuse_difference(seen, where, str(float(args["holdout_fraction"])), record)
         if isinstance(record.get("hparams"), dict):
             job = (
                 f"test_envs {args['test_envs']}, hparams seed {args['hparams_seed']}, "

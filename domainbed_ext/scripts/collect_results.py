@@ -13,10 +13,10 @@ from pathlib import Path
 from domainbed_ext.domainbed_tables import render_domainbed
 from domainbed_ext.errors import UsageError
 from domainbed_ext.records import JobCount, Record, count_jobs, load_records
-from domainbed_ext.renderers import RENDERERS, make_report, print_rich
-from domainbed_ext.selection import SELECTION_METHODS
+from domainbed_ext.renderers import RENDERERS, print_rich
+from domainbed_ext.report import make_report
+from domainbed_ext.selection import SELECTION_METHODS, selection_methods
 from domainbed_ext.table_checks import refuse_mixed, sweep_notes
-from domainbed_ext.tables import selection_methods
 
 DESCRIPTION = """\
 Print the tables of a sweep: accuracy per test domain and on average, mean and standard error over
@@ -27,6 +27,7 @@ EXAMPLES = """\
 examples:
   ltdr collect --input_dir sweeps/pacs
   ltdr collect --input_dir sweeps/pacs --format markdown --selection training-domain
+  ltdr collect --input_dir sweeps/pacs --baseline ERM_ViT      # what each gains, trial by trial
   ltdr collect --input_dir sweeps/pacs --format domainbed      # DomainBed's own text
 """
 
@@ -56,6 +57,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="which selection methods to show, of "
         + ", ".join(method.short_name for method in SELECTION_METHODS)
         + " (default: all)",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="ALGORITHM",
+        help="add tables of each other algorithm's difference to this one, paired by trial seed, "
+        "with 95 %% confidence intervals",
     )
     parser.add_argument(
         "--allow-mixed",
@@ -91,9 +98,14 @@ def collect(args: argparse.Namespace) -> None:
             f"--latex is DomainBed's document and excludes --format {args.format}; "
             "drop one of them (--format latex prints tables to include in a paper)"
         )
+    as_domainbed = args.latex or args.format == "domainbed"
+    if as_domainbed and args.baseline is not None:
+        raise UsageError(
+            "--baseline adds tables that DomainBed's text does not have; choose another --format"
+        )
     methods = selection_methods(args.selection)
     records, jobs = load_sweep(args.input_dir)
-    if args.latex or args.format == "domainbed":
+    if as_domainbed:
         if not args.allow_mixed:
             refuse_mixed(records)
         text = render_domainbed(records, methods=methods, latex=args.latex)
@@ -103,7 +115,13 @@ def collect(args: argparse.Namespace) -> None:
         for note in sweep_notes(records, jobs):
             print(f"note: {note}", file=sys.stderr)
     else:
-        report = make_report(records, jobs=jobs, selection=methods, allow_mixed=args.allow_mixed)
+        report = make_report(
+            records,
+            jobs=jobs,
+            selection=methods,
+            baseline=args.baseline,
+            allow_mixed=args.allow_mixed,
+        )
         render, extension = RENDERERS[args.format or "rich"]
         text = render(report)
         if args.format in (None, "rich") and sys.stdout.isatty():

@@ -22,7 +22,7 @@ from domainbed_ext.hparams import (
     split_hparams,
     validate_hparams,
 )
-from domainbed_ext.tables import UPSTREAM_ENVIRONMENTS
+from domainbed_ext.table_names import UPSTREAM_ENVIRONMENTS
 
 ALGORITHMS = ("ERM", *VIT_ALGORITHMS)
 BENCHMARKS = ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet", "folder:/somewhere")

@@ -10,16 +10,12 @@ from domainbed_ext.errors import UsageError
 from domainbed_ext.records import JobCount
 from domainbed_ext.selection import LeaveOneDomainOut, Oracle, TrainingDomainValidation
 from domainbed_ext.table_checks import sweep_notes
-from domainbed_ext.tables import (
-    COLUMNS,
+from domainbed_ext.table_names import (
     UPSTREAM_ENVIRONMENTS,
-    averages_frame,
-    cell_of,
     dataset_names,
-    emojidg_frame,
     environment_names,
-    results_frame,
 )
+from domainbed_ext.tables import COLUMNS, averages_frame, cell_of, emojidg_frame, results_frame
 
 
 def _cells(frame, **where):

@@ -1,0 +1,111 @@
+"""What is printed about a sweep: the frames of `tables.py`, and the order of the tables made of
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from domainbed_ext.differences import differences_frame
+from domainbed_ext.records import JobCount, Record
+from domainbed_ext.selection import Selection, selection_methods
+from domainbed_ext.table_checks import sweep_notes
+from domainbed_ext.tables import averages_frame, emojidg_frame, results_frame
+from domainbed_ext.text_tables import TextTable, difference_tables, emojidg_table, pivot_table
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is printed about a sweep."""
+
+    total_records: int
+    results: pd.DataFrame
+    averages: pd.DataFrame
+    emojidg: pd.DataFrame
+    differences: pd.DataFrame | None = None
+    jobs: JobCount | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def make_report(
+    records: Sequence[Record],
+    *,
+    jobs: JobCount | None = None,
+    selection: Selection = None,
+    baseline: str | None = None,
+    allow_mixed: bool = False,
+) -> Report:
+    """Selects and averages; see `tables.results_frame` and, for `baseline`,
+    `tables.differences_frame`.
+    """
+    methods = selection_methods(selection)
+    differences = None
+    if baseline is not None:
+        differences = differences_frame(
+            records, baseline=baseline, selection=methods, allow_mixed=allow_mixed
+        )
+    return Report(
+        total_records=len(records),
+        results=results_frame(records, selection=methods, allow_mixed=allow_mixed),
+        averages=averages_frame(records, selection=methods, allow_mixed=allow_mixed),
+        emojidg=emojidg_frame(records, selection=methods, allow_mixed=allow_mixed),
+        differences=differences,
+        jobs=jobs,
+        notes=sweep_notes(records, jobs),
+    )
+
+
+def report_tables(report: Report) -> list[TextTable]:
+    """The tables in the order they are printed: per selection method the data sets, each with what
+    belongs to it, then the averages.
+    """
+    tables = []
+    for method in report.results["selection"].unique():
+        results = report.results[report.results["selection"] == method]
+        for dataset in results["dataset"].unique():
+            own = results[results["dataset"] == dataset]
+            apart = _part(report.emojidg, dataset, method)
+            what = "test accuracy in %" if apart.empty else "accuracy on unseen concepts in %"
+            tables.append(
+                pivot_table(own, "environment", f"{dataset}: {what}, selected by {method}")
+            )
+            if apart.loc[apart["metric"] == "unseen", "mean"].notna().any():
+                title = f"{dataset}: seen and unseen, selected by {method}"
+                tables.append(emojidg_table(apart, title))
+            if report.differences is not None:
+                differences = _part(report.differences, dataset, method)
+                tables += difference_tables(differences, dataset, method)
+        averages = report.averages[report.averages["selection"] == method]
+        if averages["dataset"].nunique() > 1:
+            title = f"Mean over domains in %, of trials with every domain, selected by {method}"
+            tables.append(pivot_table(averages, "dataset", title))
+    return tables
+
+
+def report_rows(report: Report) -> pd.DataFrame:
+    """One number a row, for programs. Rows of a baseline's differences have metrics of their own,
+    "accuracy_difference" and so on, and three more columns: `baseline`, `ci_low`, `ci_high`.
+    """
+    frames = [report.results, report.averages, report.emojidg]
+    if report.differences is not None:
+        differences = report.differences.rename(columns={"pairs": "trials"})
+        frames.append(differences.assign(metric=differences["metric"] + "_difference"))
+    return pd.concat([frame for frame in frames if not frame.empty], ignore_index=True)
+
+
+def report_summary(report: Report) -> str:
+    """The first line: how much the tables rest on."""
+    jobs = "" if report.jobs is None else f" of {report.jobs.total} jobs"
+    unfinished = (
+        f", {len(report.jobs.unfinished)} unfinished"
+        if report.jobs and report.jobs.unfinished
+        else ""
+    )
+    return f"{report.total_records} records{jobs}{unfinished}. Mean +/- standard error over trials."
+
+
+def _part(frame: pd.DataFrame, dataset: str, method: str) -> pd.DataFrame:
+    return frame[(frame["dataset"] == dataset) & (frame["selection"] == method)]

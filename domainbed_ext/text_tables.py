@@ -1,0 +1,137 @@
+"""Tables with their cells as text, made from the frames of `tables.py`; what is missing is said
+below each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from domainbed_ext.differences import ONE_PAIR
+from domainbed_ext.table_checks import NEEDS_EVERY_DOMAIN
+from domainbed_ext.table_names import AVERAGE
+from domainbed_ext.trial_values import EMOJIDG_METRICS
+
+_EMOJIDG_COLUMNS = ("seen", "unseen", "unseen, per class", "ceiling", "gap")
+# Of those, what the table of differences in accuracy does not hold already.
+_APART = {"seen": "seen", "unseen_class": "unseen, per class", "ceiling": "ceiling", "gap": "gap"}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """One table, its cells as text, `+/-` for the standard error."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    footnotes: list[str]
+
+
+def pivot_table(frame: pd.DataFrame, columns: str, title: str) -> TextTable:
+    """A row per algorithm; the values of the column `columns` are the columns."""
+    names = list(frame[columns].unique())
+    rows = []
+    for algorithm in frame["algorithm"].unique():
+        cells = frame[frame["algorithm"] == algorithm].set_index(columns)
+        rows.append(
+            [algorithm, *(_cell(cells.loc[name]) for name in names), _counts(cells["trials"])]
+        )
+    return TextTable(title, ["Algorithm", *names, "trials"], rows, _footnotes(frame, columns))
+
+
+def emojidg_table(frame: pd.DataFrame, title: str) -> TextTable:
+    """A row per algorithm and domain; the columns are the metrics of `emojidg_frame`."""
+    rows = []
+    for (algorithm, environment), cells in frame.groupby(["algorithm", "environment"], sort=False):
+        by_metric = cells.set_index("metric")
+        texts = [_cell(by_metric.loc[metric]) for metric in EMOJIDG_METRICS]
+        rows.append([str(algorithm), str(environment), *texts, _counts(by_metric["trials"])])
+    notes = _footnotes(frame, "environment")
+    notes.append("ceiling: the same model trained on the test style too; gap: ceiling minus unseen")
+    return TextTable(title, ["Algorithm", "domain", *_EMOJIDG_COLUMNS, "trials"], rows, notes)
+
+
+def difference_tables(frame: pd.DataFrame, dataset: str, method: str) -> list[TextTable]:
+    """Of the rows of one data set and method: accuracy per domain and, where concepts are kept
+    apart, the other metrics.
+    """
+    if frame.empty:  # only the baseline has records
+        return []
+    apart = frame[frame["metric"].isin(_APART)]
+    accuracy = frame[frame["metric"] == "accuracy"]
+    minus = f"minus that of {frame['baseline'].iloc[0]}, in points, selected by {method}"
+    what = "test accuracy" if apart.empty else "accuracy on unseen concepts"
+    names = list(accuracy["environment"].unique())
+    tables = [_difference_table(accuracy, f"{dataset}: {what} {minus}", ["algorithm"], names)]
+    if apart["mean"].notna().any():
+        title = f"{dataset}: seen and unseen, each {minus}"
+        keys = ["algorithm", "environment"]
+        tables.append(_difference_table(apart, title, keys, list(_APART.values())))
+    return tables
+
+
+def _difference_table(
+    frame: pd.DataFrame, title: str, keys: list[str], columns: list[str]
+) -> TextTable:
+    rows = []
+    for labels, cells in frame.groupby(keys, sort=False):
+        texts = [_difference(row) for _, row in cells.iterrows()]
+        rows.append([*map(str, labels), *texts, _counts(cells["pairs"])])
+    found = frame["mean"].notna()
+    alone = frame[frame["reason"] == ONE_PAIR]
+    notes = _reasons(frame[~found], "environment", "X", places=len(frame))
+    notes += _reasons(alone, "environment", "no interval", places=int(found.sum()))
+    notes.append(
+        "mean of the differences of trials on the same splits [95 % confidence interval, "
+        "Student's t]"
+    )
+    header = ["Algorithm", "domain"][: len(keys)]
+    return TextTable(title, [*header, *columns, "pairs"], rows, notes)
+
+
+def _cell(row: pd.Series) -> str:
+    if pd.isna(row["mean"]):
+        return "X"
+    # One trial has no spread to speak of; writing 0.0 would look like a measurement.
+    spread = "" if pd.isna(row["stderr"]) or row["trials"] < 2 else f" +/- {row['stderr']:.1f}"
+    return f"{row['mean']:.1f}{spread}"
+
+
+def _difference(row: pd.Series) -> str:
+    if pd.isna(row["mean"]):
+        return "X"
+    mean, low, high = (_signed(row[name]) for name in ("mean", "ci_low", "ci_high"))
+    return mean if pd.isna(row["ci_low"]) else f"{mean} [{low}, {high}]"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0, or else what rounds to zero may be "-0.0"
+
+
+def _counts(counts: pd.Series) -> str:
+    """The number of trials or pairs, or its range."""
+    found = sorted({int(count) for count in counts if count > 0})
+    if not found:
+        return "0"
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _footnotes(frame: pd.DataFrame, columns: str) -> list[str]:
+    averaged = (columns == "environment") & (frame["environment"] == AVERAGE)
+    missing = frame[(frame["reason"] != "") & ~averaged]
+    return _reasons(missing, columns, "X", places=int((~averaged).sum()))
+
+
+def _reasons(missing: pd.DataFrame, columns: str, what: str, *, places: int) -> list[str]:
+    """One line for each reason, saying where it applies unless that is everywhere."""
+    notes = []
+    missing = missing[missing["reason"] != NEEDS_EVERY_DOMAIN]
+    for reason, rows in missing.groupby("reason", sort=False):
+        where = [
+            f"{algorithm} ({', '.join(dict.fromkeys(own[columns]))})"
+            for algorithm, own in rows.groupby("algorithm", sort=False)
+        ]
+        at = "" if len(rows) == places else f" at {'; '.join(where)}"
+        notes.append(f"{what}{at}: {reason}")
+    return notes
