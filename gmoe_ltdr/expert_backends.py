@@ -1,7 +1,8 @@
 """The ways to compute stacked experts, interchangeable: same values, same gradients.
 
 loop      one expert after the other, in plain expressions. The reference.
-blocked   the same, in one autograd function that keeps its temporaries small. For the CPU.
+blocked   the same, in one autograd function that keeps its temporaries small. For the CPU. Not for
+          gated experts.
 grouped   one `grouped_mm` per linear layer. bfloat16 on a GPU; never waits for the device.
 dense     one batched product; needs the same number of rows for every expert, which
           `DenseDispatcher` gives it (`use_expert_backend` sets both). For export and compilers.
@@ -62,12 +63,12 @@ def choose_backend(experts: StackedExperts, tokens_ND: Tensor) -> str:
     if tokens_ND.is_cuda or torch.compiler.is_compiling():
         return "grouped" if grouped_fits(experts, tokens_ND) else "loop"
     has_parameters = any(True for _ in experts.act.parameters())
-    return "loop" if has_parameters else "blocked"
+    return "loop" if has_parameters or experts.gated else "blocked"
 
 
 def grouped_possible(experts: StackedExperts, tokens_ND: Tensor) -> bool:
     """Whether there is a `grouped_mm`, and rows of the 16 bytes at a time that it loads."""
-    row_bytes = [size * tokens_ND.element_size() for size in experts.fc1_weight.shape[1:]]
+    row_bytes = [size * tokens_ND.element_size() for size in experts.fc2_weight.shape[1:]]
     return hasattr(F, "grouped_mm") and not any(size % 16 for size in row_bytes)
 
 
@@ -118,6 +119,10 @@ def blocked(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Ten
     """See `blocked_experts.py`."""
     from gmoe_ltdr.blocked_experts import blocked_experts
 
+    if experts.gated:
+        raise ValueError(
+            "the blocked back end computes plain experts only, and these are gated; use 'auto'"
+        )
     return blocked_experts(
         tokens_ND,
         weights_like(experts, tokens_ND),
@@ -145,7 +150,7 @@ def _batched_linear(rows_EnI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None
 def grouped(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     """`grouped_mm` on rows and offsets; the number of rows per expert stays on the device."""
     if not grouped_possible(experts, tokens_ND):
-        _, hidden_dim, dim = experts.fc1_weight.shape
+        _, dim, hidden_dim = experts.fc2_weight.shape
         raise ValueError(
             "the grouped back end needs torch.nn.functional.grouped_mm and rows of a multiple of "
             f"16 bytes; PyTorch is {torch.__version__}, rows are {dim} and {hidden_dim} values of "

@@ -2,6 +2,11 @@
 
 How they are computed is a matter of speed alone: `expert_backends.py` holds the ways, all equal.
 
+A language model's feed-forward network is gated (SwiGLU: down(silu(gate(x)) * up(x))). Here that is
+the same expert with a first layer of twice the outputs, gate and up one behind the other, and an
+activation that multiplies its two halves. So there is one product instead of two, and dispatch,
+sharding, checkpoints and back ends need not know.
+
 Shapes: E experts here (e of them on this rank), N rows ordered expert by expert, D width, F hidden
 width.
 """
@@ -17,6 +22,18 @@ from torch import Tensor, nn
 from gmoe_ltdr.expert_backends import compute_experts
 
 
+class GatedActivation(nn.Module):
+    """act(gate) * up, of rows that hold both one behind the other: (..., 2F) to (..., F)."""
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+
+    def forward(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return self.act(gate) * up
+
+
 class StackedExperts(nn.Module):
     """Linear, activation, dropout, linear: once per expert.
 
@@ -27,10 +44,12 @@ class StackedExperts(nn.Module):
         dropout: Between the two linear layers, in training (GMoE: 0.1).
         act_layer: Activation between them.
         bias: Whether the two linear layers have biases.
+        gated: Whether the activation of one linear layer multiplies another's output (SwiGLU).
 
     Attributes:
-        fc1_weight: (E, F, D), the axis order of nn.Linear with experts in front.
-        fc1_bias: (E, F).
+        fc1_weight: (E, F, D), the axis order of nn.Linear with experts in front; gated: (E, 2F, D),
+            the gate's rows first.
+        fc1_bias: (E, F); gated: (E, 2F).
         fc2_weight: (E, D, F).
         fc2_bias: (E, D).
         backend: How to compute, a name in `EXPERT_BACKENDS` or "auto". No part of the model: it is
@@ -46,13 +65,15 @@ class StackedExperts(nn.Module):
         dropout: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
         bias: tuple[bool, bool] = (True, True),
+        gated: bool = False,
     ):
         super().__init__()
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        fc1_dim = 2 * hidden_dim if gated else hidden_dim
+        self.fc1_weight = nn.Parameter(torch.empty(num_experts, fc1_dim, dim))
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias[0] else None
+        self.fc1_bias = nn.Parameter(torch.empty(num_experts, fc1_dim)) if bias[0] else None
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias[1] else None
-        self.act = act_layer()
+        self.act = GatedActivation(act_layer()) if gated else act_layer()
         self.drop = nn.Dropout(dropout)
         self.backend = "auto"
         self.reset_parameters()
@@ -60,6 +81,10 @@ class StackedExperts(nn.Module):
     @property
     def num_experts(self) -> int:
         return self.fc1_weight.shape[0]
+
+    @property
+    def gated(self) -> bool:
+        return isinstance(self.act, GatedActivation)
 
     def reset_parameters(self) -> None:
         """Initialise each expert as nn.Linear would."""
@@ -81,6 +106,16 @@ class StackedExperts(nn.Module):
             if stacked is not None:
                 stacked.copy_(dense.expand_as(stacked))
 
+    @torch.no_grad()
+    def copy_from_gated_(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+        """The same for a gated network, whose output is down(act(gate(x)) * up(x))."""
+        self.fc1_weight.copy_(torch.cat([gate.weight, up.weight]).expand_as(self.fc1_weight))
+        if self.fc1_bias is not None:
+            self.fc1_bias.copy_(torch.cat([gate.bias, up.bias]).expand_as(self.fc1_bias))
+        self.fc2_weight.copy_(down.weight.expand_as(self.fc2_weight))
+        if self.fc2_bias is not None:
+            self.fc2_bias.copy_(down.bias.expand_as(self.fc2_bias))
+
     def forward(self, tokens_ND: Tensor, tokens_per_expert_e: Tensor | Sequence[int]) -> Tensor:
         """Each expert computes its own rows.
 
@@ -92,5 +127,6 @@ class StackedExperts(nn.Module):
         return compute_experts(self, tokens_ND, tokens_per_expert_e)
 
     def extra_repr(self) -> str:
-        num_experts, hidden_dim, dim = self.fc1_weight.shape
-        return f"{num_experts}, dim={dim}, hidden_dim={hidden_dim}, backend={self.backend!r}"
+        num_experts, dim, hidden_dim = self.fc2_weight.shape
+        gated = ", gated" if self.gated else ""
+        return f"{num_experts}, dim={dim}, hidden_dim={hidden_dim}{gated}, backend={self.backend!r}"

@@ -13,26 +13,25 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gmoe_ltdr.collect import moe_layers
-from gmoe_ltdr.moe import VisionContext
 
 
 def set_image_info(
     model: nn.Module, *, domain_B: Tensor | None = None, embedding_BD: Tensor | None = None
 ) -> None:
-    """Tell all sparse layers of a ViT about the images of the next forward.
+    """Tell all sparse layers about the images of the next forward.
 
     Args:
-        model: A ViT with MoE layers.
+        model: A ViT with MoE layers, or a vision-language model, whose rows are meant then.
         domain_B: Training environment of each image, int64; None: not known, as for a test image.
         embedding_BD: One embedding per image, of a frozen model for instance.
 
     Raises:
-        TypeError: A layer takes its context from something else than the images of a ViT.
+        TypeError: A layer takes its context from something that cannot be told.
     """
     given = {"domain_B": domain_B, "embedding_BD": embedding_BD}
     info = {name: value.detach() for name, value in given.items() if value is not None}
     for name, layer in moe_layers(model).items():
-        if not isinstance(layer.context_of, VisionContext):
+        if not hasattr(layer.context_of, "image_info"):
             raise TypeError(
                 f"layer {name!r} gets its context from a {type(layer.context_of).__name__}, which "
                 "has to be told itself"

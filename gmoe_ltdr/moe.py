@@ -54,6 +54,7 @@ class MoE(nn.Module):
         spec: How many experts, which router, and so on.
         act_layer: Activation of the experts.
         bias: Whether the two linear layers of an expert have biases.
+        gated: Whether experts are gated, as the feed-forward networks of language models are.
         context_of: From the layer's input (B, L, dim) to the `TokenContext` of its tokens.
         ep_group: Ranks that share the experts; each holds and trains its own. None: all are here.
     """
@@ -66,6 +67,7 @@ class MoE(nn.Module):
         *,
         act_layer: type[nn.Module] = nn.GELU,
         bias: tuple[bool, bool] = (True, True),
+        gated: bool = False,
         context_of: Callable[[Tensor], TokenContext] | None = None,
         ep_group: ProcessGroup | None = None,
     ):
@@ -80,6 +82,7 @@ class MoE(nn.Module):
             "dropout": spec.expert_dropout,
             "act_layer": act_layer,
             "bias": bias,
+            "gated": gated,
         }
         # all of them first, so that a seed gives the same experts on any number of ranks
         self.experts = StackedExperts(spec.num_experts, dim, hidden_dim, **options)

@@ -44,14 +44,17 @@ def results_of(layer, tokens, weights, mask, cotangent, dispatcher, most=None):
     return found
 
 
-def random_case(tokens, experts, density, seed, dtype, *, dim=8, hidden=16, device="cpu"):
+def random_case(
+    tokens, experts, density, seed, dtype, *, dim=8, hidden=16, gated=False, device="cpu"
+):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(tokens, experts, generator=generator) < density
     weights = (torch.rand(tokens, experts, generator=generator) * mask).to(dtype)
     x = torch.randn(tokens, dim, generator=generator, dtype=dtype)
     cotangent = torch.randn(tokens, dim, generator=generator, dtype=dtype)
     torch.manual_seed(seed)
-    layer = StackedExperts(experts, dim, hidden).to(device, dtype)
+    options = {"gated": True, "act_layer": nn.SiLU} if gated else {}
+    layer = StackedExperts(experts, dim, hidden, **options).to(device, dtype)
     return layer, *(t.to(device) for t in (x, weights, mask, cotangent))
 
 

@@ -15,7 +15,11 @@ from gmoe_ltdr.routing import Modality, Routing
 
 def dense_moe(tokens_TD: Tensor, routing: Routing, experts: StackedExperts) -> Tensor:
     hidden_TEF = torch.einsum("td,efd->tef", tokens_TD, experts.fc1_weight) + experts.fc1_bias
-    hidden_TEF = F.gelu(hidden_TEF)
+    if experts.gated:  # SwiGLU, the gate's half first
+        half = experts.fc2_weight.shape[-1]
+        hidden_TEF = F.silu(hidden_TEF[..., :half]) * hidden_TEF[..., half:]
+    else:
+        hidden_TEF = F.gelu(hidden_TEF)
     out_TED = torch.einsum("tef,edf->ted", hidden_TEF, experts.fc2_weight) + experts.fc2_bias
     weights_TE = routing.combine_weights_TE * routing.dispatch_mask_TE
     return torch.einsum("te,ted->td", weights_TE.to(out_TED.dtype), out_TED)
