@@ -60,7 +60,7 @@ def print_rich(report: Report, stream: IO[str], *, plain: bool = False) -> None:
             last = name == AVERAGE
             grid.add_column(
                 Text(name if plain else name.replace(", ", ",\n")),
-                justify="left" if index == 0 else "right",
+                justify="left" if index < table.labels else "right",
                 style="bold" if last else "",
                 no_wrap=True,
             )
@@ -87,7 +87,8 @@ def render_markdown(report: Report) -> str:
     for table in report_tables(report):
         lines += ["", f"### {escape(table.title)}", ""]
         lines += ["| " + " | ".join(map(escape, table.header)) + " |"]
-        lines += ["|" + "|".join([":---", *["---:"] * (len(table.header) - 1)]) + "|"]
+        rules = [":---" if index < table.labels else "---:" for index in range(len(table.header))]
+        lines += ["|" + "|".join(rules) + "|"]
         lines += ["| " + " | ".join(map(escape, row)) + " |" for row in table.rows]
         lines += ["", *(f"- {escape(note)}" for note in table.footnotes)]
     lines += ["", *(f"> {escape(note)}." for note in report.notes)] if report.notes else []
@@ -102,12 +103,13 @@ def render_latex(report: Report) -> str:
 
     lines = [f"% {report_summary(report)}", r"% needs \usepackage{booktabs}"]
     for table in report_tables(report):
+        columns = "l" * table.labels + "r" * (len(table.header) - table.labels)
         lines += [
             "",
             r"\begin{table}",
             r"  \centering",
             rf"  \caption{{{escape('. '.join([table.title, *table.footnotes]))}.}}",
-            rf"  \begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+            rf"  \begin{{tabular}}{{{columns}}}",
             r"    \toprule",
             *(f"    {' & '.join(map(escape, row))} \\\\" for row in [table.header]),
             r"    \midrule",

@@ -4,17 +4,25 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from domainbed_ext.differences import differences_frame
+from domainbed_ext.published import NOT_STATED, published_frame
 from domainbed_ext.records import JobCount, Record
 from domainbed_ext.selection import Selection, selection_methods
 from domainbed_ext.table_checks import sweep_notes
+from domainbed_ext.table_names import dataset_names
 from domainbed_ext.tables import averages_frame, emojidg_frame, results_frame
-from domainbed_ext.text_tables import TextTable, difference_tables, emojidg_table, pivot_table
+from domainbed_ext.text_tables import (
+    TextTable,
+    difference_tables,
+    emojidg_table,
+    pivot_table,
+    published_table,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Report:
     averages: pd.DataFrame
     emojidg: pd.DataFrame
     differences: pd.DataFrame | None = None
+    published: pd.DataFrame | None = None
     jobs: JobCount | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -36,25 +45,45 @@ def make_report(
     jobs: JobCount | None = None,
     selection: Selection = None,
     baseline: str | None = None,
+    published: Iterable[str] | None = None,
     allow_mixed: bool = False,
 ) -> Report:
-    """Selects and averages; see `tables.results_frame` and, for `baseline`,
-    `tables.differences_frame`.
+    """Selects and averages.
+
+    Args:
+        records: What `load_records` returned.
+        jobs: What `count_jobs` returned, for the notes.
+        selection: One or several selection methods, by class or name; None: all three.
+        baseline: An algorithm that the others are compared with; see `differences_frame`.
+        published: Sources of `published_frame` to print beside the results; none of them: all.
+        allow_mixed: Average even over records from different copies of the data or different
+            weights.
     """
     methods = selection_methods(selection)
+    notes = sweep_notes(records, jobs)
     differences = None
     if baseline is not None:
         differences = differences_frame(
             records, baseline=baseline, selection=methods, allow_mixed=allow_mixed
         )
+    beside = None
+    if published is not None:
+        beside = published_frame(list(published) or None)
+        datasets, stated = dataset_names(records), [method.name for method in methods]
+        lacking = [name for name in datasets if name not in set(beside["dataset"])]
+        notes += [f"no published numbers of {', '.join(lacking)}"] if lacking else []
+        beside = beside[
+            beside["dataset"].isin(datasets) & beside["selection"].isin([*stated, NOT_STATED])
+        ]
     return Report(
         total_records=len(records),
         results=results_frame(records, selection=methods, allow_mixed=allow_mixed),
         averages=averages_frame(records, selection=methods, allow_mixed=allow_mixed),
         emojidg=emojidg_frame(records, selection=methods, allow_mixed=allow_mixed),
         differences=differences,
+        published=beside,
         jobs=jobs,
-        notes=sweep_notes(records, jobs),
+        notes=notes,
     )
 
 
@@ -78,6 +107,8 @@ def report_tables(report: Report) -> list[TextTable]:
             if report.differences is not None:
                 differences = _part(report.differences, dataset, method)
                 tables += difference_tables(differences, dataset, method)
+            if report.published is not None:
+                tables += _published_tables(report.published, own, dataset, method)
         averages = report.averages[report.averages["selection"] == method]
         if averages["dataset"].nunique() > 1:
             title = f"Mean over domains in %, of trials with every domain, selected by {method}"
@@ -86,14 +117,19 @@ def report_tables(report: Report) -> list[TextTable]:
 
 
 def report_rows(report: Report) -> pd.DataFrame:
-    """One number a row, for programs. Rows of a baseline's differences have metrics of their own,
-    "accuracy_difference" and so on, and three more columns: `baseline`, `ci_low`, `ci_high`.
+    """One number a row, for programs.
+
+    Differences and published numbers have metrics of their own ("accuracy_difference" and so on,
+    "published_accuracy") and, only where they were asked for, columns of their own.
     """
     frames = [report.results, report.averages, report.emojidg]
     if report.differences is not None:
         differences = report.differences.rename(columns={"pairs": "trials"})
         frames.append(differences.assign(metric=differences["metric"] + "_difference"))
-    return pd.concat([frame for frame in frames if not frame.empty], ignore_index=True)
+    if report.published is not None:
+        frames.append(report.published.assign(metric="published_accuracy", reason=""))
+    rows = pd.concat([frame for frame in frames if not frame.empty], ignore_index=True)
+    return rows.astype({"trials": "Int64"})
 
 
 def report_summary(report: Report) -> str:
@@ -105,6 +141,18 @@ def report_summary(report: Report) -> str:
         else ""
     )
     return f"{report.total_records} records{jobs}{unfinished}. Mean +/- standard error over trials."
+
+
+def _published_tables(
+    published: pd.DataFrame, results: pd.DataFrame, dataset: str, method: str
+) -> list[TextTable]:
+    own = published[
+        (published["dataset"] == dataset) & published["selection"].isin([method, NOT_STATED])
+    ]
+    if own.empty:
+        return []
+    title = f"{dataset}: published test accuracy in %, not ours, selected by {method}"
+    return [published_table(own, list(results["environment"].unique()), title)]
 
 
 def _part(frame: pd.DataFrame, dataset: str, method: str) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from domainbed_ext.differences import ONE_PAIR
+from domainbed_ext.published import NOT_STATED
 from domainbed_ext.table_checks import NEEDS_EVERY_DOMAIN
 from domainbed_ext.table_names import AVERAGE
 from domainbed_ext.trial_values import EMOJIDG_METRICS
@@ -20,12 +21,17 @@ _APART = {"seen": "seen", "unseen_class": "unseen, per class", "ceiling": "ceili
 
 @dataclass(frozen=True)
 class TextTable:
-    """One table, its cells as text, `+/-` for the standard error."""
+    """One table, its cells as text, `+/-` for the standard error.
+
+    Attributes:
+        labels: How many columns, from the left, are words and not numbers.
+    """
 
     title: str
     header: list[str]
     rows: list[list[str]]
     footnotes: list[str]
+    labels: int = 1
 
 
 def pivot_table(frame: pd.DataFrame, columns: str, title: str) -> TextTable:
@@ -49,7 +55,8 @@ def emojidg_table(frame: pd.DataFrame, title: str) -> TextTable:
         rows.append([str(algorithm), str(environment), *texts, _counts(by_metric["trials"])])
     notes = _footnotes(frame, "environment")
     notes.append("ceiling: the same model trained on the test style too; gap: ceiling minus unseen")
-    return TextTable(title, ["Algorithm", "domain", *_EMOJIDG_COLUMNS, "trials"], rows, notes)
+    header = ["Algorithm", "domain", *_EMOJIDG_COLUMNS, "trials"]
+    return TextTable(title, header, rows, notes, labels=2)
 
 
 def difference_tables(frame: pd.DataFrame, dataset: str, method: str) -> list[TextTable]:
@@ -71,6 +78,29 @@ def difference_tables(frame: pd.DataFrame, dataset: str, method: str) -> list[Te
     return tables
 
 
+def published_table(frame: pd.DataFrame, names: list[str], title: str) -> TextTable:
+    """A row per published result; a cell is empty where the source has no number.
+
+    Args:
+        frame: Rows of `published_frame`, of one data set.
+        names: The environments, "Avg" among them: columns as in the table of our own results.
+        title: Says that these are not ours.
+    """
+    words = ["algorithm", "source", "year", "table", "quoted_by", "backbone", "protocol"]
+    words += ["selection", "note"]
+    frame = frame.sort_values(["backbone", "year"], kind="stable")
+    rows, notes = [], ["published numbers are as printed; none was measured here"]
+    for _, cells in frame.groupby(words, sort=False, dropna=False):
+        first = cells.iloc[0]
+        numbers = {row["environment"]: _published(row) for _, row in cells.iterrows()}
+        labels = [first["algorithm"], _origin(first), first["backbone"], _protocol(first)]
+        rows.append([*labels, *(numbers.get(name, "") for name in names)])
+    for note, cells in frame[frame["note"] != ""].groupby("note", sort=False):
+        notes.append(f"{', '.join(cells['source'].unique())}: {note}")
+    header = ["Published", "from", "backbone", "protocol", *names]
+    return TextTable(title, header, rows, notes, labels=4)
+
+
 def _difference_table(
     frame: pd.DataFrame, title: str, keys: list[str], columns: list[str]
 ) -> TextTable:
@@ -87,7 +117,24 @@ def _difference_table(
         "Student's t]"
     )
     header = ["Algorithm", "domain"][: len(keys)]
-    return TextTable(title, [*header, *columns, "pairs"], rows, notes)
+    return TextTable(title, [*header, *columns, "pairs"], rows, notes, labels=len(keys))
+
+
+def _published(row: pd.Series) -> str:
+    spread = "" if pd.isna(row["stderr"]) else f" +/- {row['stderr']:.1f}"
+    return f"{row['mean']:.1f}{spread}"
+
+
+def _origin(row: pd.Series) -> str:
+    year = "" if pd.isna(row["year"]) else f" {row['year']}"
+    table = f", {row['table']}" if row["table"] else ""
+    quoted = f", quoted by {row['quoted_by']}" if row["quoted_by"] else ""
+    return f"{row['source']}{year}{table}{quoted}"
+
+
+def _protocol(row: pd.Series) -> str:
+    stated = row["selection"] != NOT_STATED
+    return str(row["protocol"]) + ("" if stated else f", selection {NOT_STATED}")
 
 
 def _cell(row: pd.Series) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from domainbed_ext.domainbed_tables import render_domainbed
 from domainbed_ext.errors import UsageError
+from domainbed_ext.published import published_sources
 from domainbed_ext.records import JobCount, Record, count_jobs, load_records
 from domainbed_ext.renderers import RENDERERS, print_rich
 from domainbed_ext.report import make_report
@@ -28,6 +29,7 @@ examples:
   ltdr collect --input_dir sweeps/pacs
   ltdr collect --input_dir sweeps/pacs --format markdown --selection training-domain
   ltdr collect --input_dir sweeps/pacs --baseline ERM_ViT      # what each gains, trial by trial
+  ltdr collect --input_dir sweeps/pacs --published gmoe ltdr   # with what these papers report
   ltdr collect --input_dir sweeps/pacs --format domainbed      # DomainBed's own text
 """
 
@@ -65,6 +67,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "with 95 %% confidence intervals",
     )
     parser.add_argument(
+        "--published",
+        nargs="*",
+        metavar="SOURCE",
+        help="add what papers have published on the same data sets, below our results and never "
+        f"among them (default: all of {', '.join(published_sources())})",
+    )
+    parser.add_argument(
         "--allow-mixed",
         "--allow_mixed",
         action="store_true",
@@ -99,10 +108,11 @@ def collect(args: argparse.Namespace) -> None:
             "drop one of them (--format latex prints tables to include in a paper)"
         )
     as_domainbed = args.latex or args.format == "domainbed"
-    if as_domainbed and args.baseline is not None:
-        raise UsageError(
-            "--baseline adds tables that DomainBed's text does not have; choose another --format"
-        )
+    for name in ("baseline", "published"):
+        if as_domainbed and getattr(args, name) is not None:
+            raise UsageError(
+                f"--{name} adds tables that DomainBed's text does not have; choose another --format"
+            )
     methods = selection_methods(args.selection)
     records, jobs = load_sweep(args.input_dir)
     if as_domainbed:
@@ -120,6 +130,7 @@ def collect(args: argparse.Namespace) -> None:
             jobs=jobs,
             selection=methods,
             baseline=args.baseline,
+            published=args.published,
             allow_mixed=args.allow_mixed,
         )
         render, extension = RENDERERS[args.format or "rich"]

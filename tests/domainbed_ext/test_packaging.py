@@ -20,6 +20,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PTH_NAME = "gmoe_ltdr_startup.pth"
+PUBLISHED_IN_USE = """
+from domainbed_ext.published import published_frame, published_sources
+assert len(published_frame()) > 100
+print(*(f"{source}.csv" for source in published_sources()))
+"""
 
 pytest.importorskip("setuptools", minversion="70.1", reason="building needs setuptools>=70.1")
 
@@ -64,6 +69,9 @@ def test_install_activates_the_hook_and_uninstall_removes_it(tmp_path, kind):
     assert Path(resolved.strip()) == expected / "domainbed_ext" / "scripts" / "train.py"
     classes = "domainbed_ext/datasets/data/emojidg_classes.csv"
     assert kind == "editable" or (site_packages / classes).is_file()
+    # They lie outside the package, which has a link to them.
+    found = _run([python, "-c", PUBLISHED_IN_USE], cwd=tmp_path).split()
+    assert found == sorted(path.name for path in (ROOT / "results" / "reference").glob("*.csv"))
 
     _pip(python, "uninstall", "-y", "gmoe-ltdr")
     assert not (site_packages / PTH_NAME).exists()
@@ -102,9 +110,9 @@ def _copy_of_the_tree(destination):
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, destination)
-    for folder in ("domainbed_ext", "gmoe_ltdr", "scripts"):
+    for folder in ("domainbed_ext", "gmoe_ltdr", "scripts", "results/reference"):
         skip = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / folder, destination / folder, ignore=skip)
+        shutil.copytree(ROOT / folder, destination / folder, ignore=skip, symlinks=True)
     return destination
 
 
