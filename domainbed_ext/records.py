@@ -7,11 +7,12 @@ other wrote.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,18 @@ class RecordGroup:
 
 @dataclass(frozen=True)
 class JobCount:
-    """How many jobs a sweep's folder holds, which have not finished, and which of those gave up."""
+    """How many jobs a sweep's folder holds, and the names of some of them.
+
+    Attributes:
+        unfinished: Lack the file `done`.
+        failed: Those of them that gave up.
+        empty: Finished, and without a record all the same.
+    """
 
     total: int
     unfinished: list[str]
     failed: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
 
 def append_record(path: str | os.PathLike[str], record: Record) -> None:
@@ -94,7 +102,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     is not a record raises a UsageError naming file and line.
     """
     records: list[Record] = []
-    content = Path(path).read_bytes()
+    with _named_if_unreadable(path):
+        content = Path(path).read_bytes()
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -120,24 +129,36 @@ def load_records(folder: str | os.PathLike[str]) -> list[Record]:
     The folder of a single job is taken too. `pandas.json_normalize(load_records(folder))` makes a
     flat frame.
     """
+    return [record for records in load_jobs(folder).values() for record in records]
+
+
+def load_jobs(folder: str | os.PathLike[str]) -> dict[Path, list[Record]]:
+    """The records of a sweep by job folder, for each that has a results.jsonl."""
     folder = _existing_folder(folder)
-    paths = [folder / RECORDS_FILE, *(child / RECORDS_FILE for child in sorted(folder.iterdir()))]
-    return [record for path in paths if path.is_file() for record in read_records(path)]
+    jobs = {}
+    with _named_if_unreadable(folder):
+        for job in [folder, *sorted(folder.iterdir())]:
+            if (job / RECORDS_FILE).is_file():
+                jobs[job] = read_records(job / RECORDS_FILE)
+    return jobs
 
 
 def count_jobs(folder: str | os.PathLike[str]) -> JobCount:
     """Counts the job folders of a sweep: unfinished lack the file `done`, failed have `failed`."""
     folder = _existing_folder(folder)
-    children = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
-    jobs = [
-        child
-        for child in children
-        if any((child / name).is_file() for name in _JOB_FILES)
-        or (child is not folder and _JOB_NAME.fullmatch(child.name))
-    ]
-    unfinished = [job for job in jobs if not (job / DONE_FILE).is_file()]
-    failed = [job.name for job in unfinished if (job / _FAILED_FILE).is_file()]
-    return JobCount(len(jobs), [job.name for job in unfinished], failed)
+    with _named_if_unreadable(folder):
+        children = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+        jobs = [
+            child
+            for child in children
+            if any((child / name).is_file() for name in _JOB_FILES)
+            or (child is not folder and _JOB_NAME.fullmatch(child.name))
+        ]
+        finished = [job for job in jobs if (job / DONE_FILE).is_file()]
+        unfinished = [job for job in jobs if job not in finished]
+        failed = [job.name for job in unfinished if (job / _FAILED_FILE).is_file()]
+        empty = [job.name for job in finished if not _has_content(job / RECORDS_FILE)]
+    return JobCount(len(jobs), [job.name for job in unfinished], failed, empty)
 
 
 def group_records(records: Sequence[Record]) -> list[RecordGroup]:
@@ -151,6 +172,21 @@ def group_records(records: Sequence[Record]) -> list[RecordGroup]:
             key = (args["trial_seed"], args["dataset"], args["algorithm"], test_env)
             groups.setdefault(key, []).append(record)
     return [RecordGroup(*key, records=members) for key, members in groups.items()]
+
+
+@contextlib.contextmanager
+def _named_if_unreadable(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; make it readable, "
+            "or move that job's folder elsewhere"
+        ) from None
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:

@@ -47,6 +47,7 @@ def make_report(
     baseline: str | None = None,
     published: Iterable[str] | None = None,
     allow_mixed: bool = False,
+    notes: Iterable[str] = (),
 ) -> Report:
     """Selects and averages.
 
@@ -58,9 +59,10 @@ def make_report(
         published: Sources of `published_frame` to print beside the results; none of them: all.
         allow_mixed: Average even over records from different copies of the data or different
             weights.
+        notes: What else to say below the tables.
     """
     methods = selection_methods(selection)
-    notes = sweep_notes(records, jobs)
+    notes = [*sweep_notes(records, jobs), *notes]
     differences = None
     if baseline is not None:
         differences = differences_frame(

@@ -108,6 +108,12 @@ def sweep_notes(records: Sequence[Record], jobs: JobCount | None) -> list[str]:
             f"{f', {len(jobs.failed)} of them failed' if jobs.failed else ''}; "
             f"their records so far are included ({shown})"
         )
+    if jobs is not None and jobs.empty:
+        shown = ", ".join(jobs.empty[:3]) + (", ..." if len(jobs.empty) > 3 else "")
+        notes.append(
+            f"{len(jobs.empty)} of {jobs.total} jobs are finished without a record ({shown}); "
+            "delete their folders to run them again"
+        )
     for dataset in sorted({record["args"]["dataset"] for record in records}):
         own = [record for record in records if record["args"]["dataset"] == dataset]
         draws: defaultdict[str, set[int]] = defaultdict(set)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from domainbed_ext.domainbed_tables import render_domainbed
 from domainbed_ext.errors import UsageError
+from domainbed_ext.job_copies import drop_copies
 from domainbed_ext.published import published_sources
-from domainbed_ext.records import JobCount, Record, count_jobs, load_records
+from domainbed_ext.records import RECORDS_FILE, JobCount, Record, count_jobs, load_jobs
 from domainbed_ext.renderers import RENDERERS, print_rich
 from domainbed_ext.report import make_report
 from domainbed_ext.selection import SELECTION_METHODS, selection_methods
@@ -82,13 +84,34 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def load_sweep(folder: str) -> tuple[list[Record], JobCount]:
-    """Records and job counts of a sweep's folder; a UsageError when there is nothing to show."""
-    records = load_records(folder)
-    jobs = count_jobs(folder)
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's folder holds.
+
+    Attributes:
+        records: All of them, as DomainBed would take them.
+        once: Without those of folders that are copies of another.
+        jobs: How many jobs there are.
+        copies: A sentence for each of those.
+    """
+
+    records: list[Record]
+    once: list[Record]
+    jobs: JobCount
+    copies: list[str] = field(default_factory=list)
+
+
+def load_sweep(folder: str, *, allow_mixed: bool = False) -> Sweep:
+    """The records of a sweep's folder; a UsageError when there is nothing to show, or when it
+    holds different runs of one job and `allow_mixed` does not say that this is meant.
+    """
+    by_job, jobs = load_jobs(folder), count_jobs(folder)
+    records = [record for own in by_job.values() for record in own]
     if not jobs.total:
+        deeper = next(Path(folder).glob(f"*/*/{RECORDS_FILE}"), None)
+        hint = "" if deeper is None else f"; {deeper.parent.parent} does"
         raise UsageError(
-            f"{folder} holds no jobs (no <job>/results.jsonl); "
+            f"{folder} holds no jobs (no <job>/results.jsonl){hint}; "
             "give the --output_dir of a sweep or of a train run"
         )
     if not records:
@@ -97,7 +120,11 @@ def load_sweep(folder: str) -> tuple[list[Record], JobCount]:
             f"{len(jobs.unfinished)} of them unfinished; "
             "if none is running, look into their err.txt"
         )
-    return records, jobs
+    if allow_mixed:
+        return Sweep(records, records, jobs)
+    refuse_mixed(records)
+    once, copies = drop_copies(by_job)
+    return Sweep(records, once, jobs, copies)
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -114,24 +141,24 @@ def collect(args: argparse.Namespace) -> None:
                 f"--{name} adds tables that DomainBed's text does not have; choose another --format"
             )
     methods = selection_methods(args.selection)
-    records, jobs = load_sweep(args.input_dir)
+    sweep = load_sweep(args.input_dir, allow_mixed=args.allow_mixed)
     if as_domainbed:
-        if not args.allow_mixed:
-            refuse_mixed(records)
-        text = render_domainbed(records, methods=methods, latex=args.latex)
+        text = render_domainbed(sweep.records, methods=methods, latex=args.latex)
         extension = "tex" if args.latex else "txt"
         sys.stdout.write(text)
         # Kept off stdout, which has to be DomainBed's to the byte.
-        for note in sweep_notes(records, jobs):
+        copies = [f"{note}; DomainBed's text takes both" for note in sweep.copies]
+        for note in [*sweep_notes(sweep.records, sweep.jobs), *copies]:
             print(f"note: {note}", file=sys.stderr)
     else:
         report = make_report(
-            records,
-            jobs=jobs,
+            sweep.once,
+            jobs=sweep.jobs,
             selection=methods,
             baseline=args.baseline,
             published=args.published,
             allow_mixed=args.allow_mixed,
+            notes=[f"{note} and was left out" for note in sweep.copies],
         )
         render, extension = RENDERERS[args.format or "rich"]
         text = render(report)

@@ -64,7 +64,7 @@ def list_top_hparams(args: argparse.Namespace) -> None:
     """Prints what the parsed flags ask for."""
     if args.top is not None and args.top < 1:
         raise UsageError(f"--top {args.top} shows nothing; give at least 1")
-    records, _ = load_sweep(args.input_dir)
+    records = load_sweep(args.input_dir, allow_mixed=True).records
     groups = find_groups(
         records, dataset=args.dataset, algorithm=args.algorithm, test_env=args.test_env
     )

@@ -15,7 +15,7 @@ from sweep_records import hand_made_records, make_record, write_sweep
 from upstream_checkout import checkout, needs_upstream, run_upstream
 
 from domainbed_ext.hparams import default_hparams, random_hparams
-from domainbed_ext.records import read_records
+from domainbed_ext.records import read_records, write_records
 from domainbed_ext.scripts import collect_results, list_top_hparams
 from domainbed_ext.seeds import job_hash, seed_hash
 
@@ -146,7 +146,7 @@ def test_csv_and_json_hold_the_same_rows(sweep, capsys):
         _run(collect_results.main, "--input_dir", sweep, "--format", "json", capsys=capsys).out
     )
     assert content["total_records"] == 13
-    assert content["jobs"] == {"total": 10, "unfinished": [], "failed": []}
+    assert content["jobs"] == {"total": 10, "unfinished": [], "failed": [], "empty": []}
     assert len(rows) == len(content["rows"]) == 3 * 4 + 3
     first = content["rows"][0]
     assert (first["environment"], first["mean"], first["stderr"]) == ("0", 60.0, 7.071068)
@@ -227,6 +227,60 @@ def test_mixed_records_are_refused_unless_allowed(tmp_path, capsys):
         assert not list(tmp_path.glob("results.*"))
     printed = _run(collect_results.main, "--input_dir", tmp_path, "--allow-mixed", capsys=capsys)
     assert "60.0" in printed.out
+
+
+def test_a_copy_of_a_job_counts_once(sweep, capsys):
+    before = _run(collect_results.main, "--input_dir", sweep, capsys=capsys).out
+    # Two test environments: twice, leave-one-domain-out would find no single record per step.
+    job = next(p for p in sorted(sweep.iterdir()) if p.is_dir() and len(_test_envs(p)) == 2)
+    shutil.copytree(job, sweep / f"{job.name} (copy)")
+    after = _run(collect_results.main, "--input_dir", sweep, capsys=capsys).out
+    note = f"\nNote: {job.name} (copy) is a copy of {job.name} and was left out.\n"
+    assert after == before.replace("of 10 jobs", "of 11 jobs") + note
+    arguments = ["--input_dir", sweep, "--format", "domainbed"]
+    printed = _run(collect_results.main, *arguments, capsys=capsys)
+    assert printed.out.startswith("Total records: 14\n")
+    assert printed.err.endswith(f"is a copy of {job.name}; DomainBed's text takes both\n")
+
+
+def _test_envs(job):
+    return read_records(job / "results.jsonl")[0]["args"]["test_envs"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--format", "domainbed"]])
+def test_two_runs_of_one_job_are_refused_unless_allowed(sweep, capsys, extra):
+    job = next(path for path in sorted(sweep.iterdir()) if path.is_dir())
+    other = Path(shutil.copytree(job, sweep / "again"))
+    records = read_records(other / "results.jsonl")
+    records[-1]["env1_out_acc"] += 0.1
+    write_records(other / "results.jsonl", records)
+    error = _fails(collect_results.main, "--input_dir", sweep, *extra, capsys=capsys)
+    assert error.startswith(f"error: {job} and {other} hold two different runs of one job (ERM on")
+    assert error.count("\n") == 1
+    allowed = ["--input_dir", sweep, "--allow-mixed", *extra]
+    first = _run(collect_results.main, *allowed, capsys=capsys).out.splitlines()[0]
+    assert first.startswith(("14 records of 11 jobs", "Total records: 14"))
+
+
+def test_what_was_only_half_copied_is_said(sweep, capsys, caplog):
+    before = _run(collect_results.main, "--input_dir", sweep, capsys=capsys).out
+    (sweep / "gone").mkdir()
+    (sweep / "gone" / "done").write_text("done")
+    (sweep / "cut").mkdir()
+    record = json.dumps(make_record([0], in_acc=[0, 0, 0], out_acc=[0, 0, 0]))
+    (sweep / "cut" / "results.jsonl").write_text(record[:60])
+    after = _run(collect_results.main, "--input_dir", sweep, capsys=capsys).out
+    assert "13 records of 12 jobs, 1 unfinished" in after
+    assert "1 of 12 jobs are finished without a record (gone); delete their folders" in after
+    assert f"{sweep / 'cut' / 'results.jsonl'}, line 1 is cut off and was left out" in caplog.text
+    assert [line for line in after.splitlines() if line.startswith("|")] == [
+        line for line in before.splitlines() if line.startswith("|")
+    ]
+
+
+def test_a_folder_of_sweeps_is_told_from_a_sweep(sweep, capsys):
+    error = _fails(collect_results.main, "--input_dir", sweep.parent, capsys=capsys)
+    assert f"holds no jobs (no <job>/results.jsonl); {sweep} does; give" in error
 
 
 @pytest.mark.parametrize("main", [collect_results.main, list_top_hparams.main])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from domainbed_ext.records import (
     append_record,
     count_jobs,
     group_records,
+    load_jobs,
     load_records,
     read_records,
     write_records,
@@ -113,6 +115,41 @@ def test_jobs_without_done_are_unfinished(tmp_path):
     (tmp_path / "plots").mkdir()
     jobs = count_jobs(tmp_path)
     assert jobs == JobCount(12, ["0" * 32, "diverged"], ["diverged"])
+
+
+def test_finished_jobs_without_a_record_are_counted(tmp_path):
+    write_sweep(tmp_path, [], unfinished=["0" * 32, "1" * 32, "2" * 32])
+    (tmp_path / ("0" * 32) / "done").write_text("done")
+    (tmp_path / ("1" * 32) / "done").write_text("done")
+    (tmp_path / ("1" * 32) / "results.jsonl").write_text("")
+    assert count_jobs(tmp_path) == JobCount(3, ["2" * 32], [], ["0" * 32, "1" * 32])
+    assert list(load_jobs(tmp_path).values()) == [[]]
+
+
+@pytest.mark.parametrize("reader", [load_records, count_jobs])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, reader):
+    write_sweep(tmp_path, hand_made_records()[:1], unfinished=["0" * 32])
+    real = Path.is_file
+
+    def is_file(path):  # what the system says of a job of another user
+        if path.parent.name == "0" * 32:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(UsageError, match=f"cannot read .*{'0' * 32}/.*: Permission denied; make"):
+        reader(tmp_path)
+
+
+def test_records_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    write_sweep(tmp_path, hand_made_records()[:1])
+
+    def read_bytes(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(UsageError, match=r"cannot read .*results\.jsonl: Input/output error; make"):
+        load_records(tmp_path)
 
 
 @pytest.mark.parametrize("reader", [load_records, count_jobs])
