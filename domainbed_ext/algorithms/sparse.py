@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.vit import ERM_ViT
@@ -17,7 +17,9 @@ from domainbed_ext.backbones import (
     spec_from_hparams,
     timm_arguments,
 )
+from domainbed_ext.optimization import autocast
 from gmoe_ltdr import MoESpec, balance_loss, collect_routing, create_moe_vit
+from gmoe_ltdr.image_info import set_image_info
 
 
 class SparseViT(ERM_ViT):
@@ -40,7 +42,19 @@ class SparseViT(ERM_ViT):
                 **arguments,
             )
 
+    def describe_images(self, x: Tensor, domains: Tensor | None) -> dict[str, Tensor]:
+        """What routers are told of images besides their pixels: arguments of `set_image_info`.
+
+        Args:
+            x: Images.
+            domains: Which training domain each is from, int64 (B,); None in prediction, where
+                nobody knows.
+        """
+        return {}
+
     def loss(self, x, y, domains):
+        # stays until the next step, since activation checkpointing runs layers again in backward
+        set_image_info(self.network, **self.describe_images(x, domains))
         with collect_routing(self.network) as routings:
             task_loss = self.task_loss(self.run_network(x), y)
         balance = balance_loss(routings, self.spec)
@@ -52,7 +66,18 @@ class SparseViT(ERM_ViT):
                 [p.experts_per_token_T.float().mean() for p in plans]
             ).mean(),
         }
+        for plan in plans:
+            for name, value in plan.router_losses.items():
+                numbers[name] = numbers.get(name, 0.0) + value.detach()
         return task_loss + balance, numbers
+
+    def predict(self, x):
+        network = self.predicting_network
+        with autocast(x.device, self.hparams["precision"]):
+            set_image_info(network, **self.describe_images(x, None))
+            logits = super().predict(x)
+        set_image_info(network)
+        return logits
 
 
 @register_algorithm
