@@ -19,7 +19,9 @@ from domainbed_ext.backbones import (
     spec_from_hparams,
     timm_arguments,
 )
+from domainbed_ext.optimization import autocast
 from gmoe_ltdr import MoESpec, Routing, balance_loss, collect_routing, create_moe_vit
+from gmoe_ltdr.image_info import set_image_info
 
 
 class SparseViT(ERM_ViT):
@@ -42,7 +44,19 @@ class SparseViT(ERM_ViT):
                 **arguments,
             )
 
+    def describe_images(self, x: Tensor, domains: Tensor | None) -> dict[str, Tensor]:
+        """What routers are told of images besides their pixels: arguments of `set_image_info`.
+
+        Args:
+            x: Images.
+            domains: Which training domain each is from, int64 (B,); None in prediction, where
+                nobody knows.
+        """
+        return {}
+
     def loss(self, x, y, domains):
+        # stays until the next step, since activation checkpointing runs layers again in backward
+        set_image_info(self.network, **self.describe_images(x, domains))
         with collect_routing(self.network) as routings:
             task_loss = self.task_loss(self.run_network(x), y)
         balance = balance_loss(routings, self.spec)
@@ -51,17 +65,28 @@ class SparseViT(ERM_ViT):
             **routing_numbers(routings.values()),
         }
 
+    def predict(self, x):
+        network = self.predicting_network
+        with autocast(x.device, self.hparams["precision"]):
+            set_image_info(network, **self.describe_images(x, None))
+            logits = super().predict(x)
+        set_image_info(network)
+        return logits
+
 
 def routing_numbers(plans: Iterable[Routing]) -> dict[str, Tensor]:
-    """Means over the layers of what the routers decided, for the records."""
-    tails, experts = zip(
-        *((p.tail_mask_T.float().mean(), p.experts_per_token_T.float().mean()) for p in plans),
-        strict=True,
-    )
-    return {
-        "tail_share": torch.stack(tails).mean(),
-        "experts_per_token": torch.stack(experts).mean(),
+    """What the routers decided, for the records: means over the layers, sums of their losses."""
+    plans = list(plans)
+    numbers = {
+        "tail_share": torch.stack([p.tail_mask_T.float().mean() for p in plans]).mean(),
+        "experts_per_token": torch.stack(
+            [p.experts_per_token_T.float().mean() for p in plans]
+        ).mean(),
     }
+    for plan in plans:
+        for name, value in plan.router_losses.items():
+            numbers[name] = numbers.get(name, torch.zeros_like(value)) + value.detach()
+    return numbers
 
 
 @register_algorithm

@@ -112,10 +112,14 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in numbers.items()}
         return {"loss": loss.item(), "lr": learning_rate, **numbers}
 
+    @property
+    def predicting_network(self) -> nn.Module:
+        """The network itself, or in evaluation the one of averaged weights where there is one."""
+        return self.network if self.average is None or self.training else self.average
+
     def predict(self, x):
-        network = self.network if self.average is None or self.training else self.average
         with autocast(x.device, self.hparams["precision"]):
-            return network(x).float()
+            return self.predicting_network(x).float()
 
     def training_state(self) -> dict[str, Any]:
         """Everything besides `state_dict()` that a resumed run needs."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams
 from domainbed_ext.optimization import learning_rate_factor
-from gmoe_ltdr import collect_routing, preset
+from gmoe_ltdr import collect_routing, moe_layers, preset
 from gmoe_ltdr.tail import TailRule
 
 VIT = [name for name in ALGORITHMS if name != "ERM"]
 SHAPE = (3, 28, 28)
+EIGHTH = torch.tensor(0.125)
 
 
 def create(name: str, **changes):
@@ -36,6 +38,11 @@ def minibatches(num_domains: int = 2, batch: int = 4, seed: int = 0):
         )
         for _ in range(num_domains)
     ]
+
+
+def one_step(algorithm):
+    torch.manual_seed(0)
+    return algorithm.update(minibatches())
 
 
 def test_names():
@@ -103,6 +110,44 @@ def test_images_know_their_training_domain():
 
     Listener(SHAPE, 2, 3, default_hparams("LTDR", "Debug28")).update(data)
     assert seen == [[0, 1, 1, 1, 2, 2], "stepped"]
+
+
+def test_routers_are_told_of_the_images():
+    class Informed(type(create("LTDR"))):
+        def describe_images(self, x, domains):
+            means = {"embedding_BD": x.mean((1, 2, 3)).unsqueeze(-1)}
+            return means if domains is None else {**means, "domain_B": domains}
+
+    hparams = default_hparams("LTDR", "Debug28")
+    algorithm = Informed(SHAPE, 2, 2, {**hparams, "ema_decay": 0.9})
+    contexts = []
+    for network in (algorithm.network, algorithm.average):
+        for layer in moe_layers(network).values():
+            layer.router.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[1]))
+    data = minibatches()
+    x, _ = (torch.cat(parts) for parts in zip(*data, strict=True))
+    algorithm.update(data)
+    assert [c.domain_B.tolist() for c in contexts] == [[0] * 4 + [1] * 4] * 2
+    contexts.clear()
+    algorithm.eval().predict(x[:3])  # by the averaged network
+    assert len(contexts) == 2
+    for context in contexts:
+        assert context.domain_B is None
+        torch.testing.assert_close(context.embedding_BD[:, 0], x[:3].mean((1, 2, 3)))
+    algorithm.average(x)  # another batch: what was told of the last one is gone
+
+
+def test_losses_of_a_router_are_recorded_and_added():
+    algorithm = create("LTDR")
+    plain = create("LTDR")
+    for layer in moe_layers(algorithm.network).values():
+        layer.router.register_forward_hook(
+            lambda _router, _inputs, plan: replace(plan, router_losses={"busy_loss": EIGHTH})
+        )
+    numbers = [one_step(each) for each in (algorithm, plain)]
+    assert numbers[0]["busy_loss"] == numbers[0]["balance_loss"] == 0.25  # two layers
+    assert "busy_loss" not in numbers[1]
+    assert numbers[0]["loss"] == pytest.approx(numbers[1]["loss"] + 0.25, abs=1e-6)
 
 
 def test_loss_is_task_plus_balance():
