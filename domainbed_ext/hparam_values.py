@@ -71,6 +71,7 @@ VALUES: dict[str, Values] = {
     "ltdr_selection_fraction": Number(
         "their share, for vtt_fixed and iat", high=1.0, low_open=True
     ),
+    "instruct_cls": Choice("class token in the mean of the patches", ("exclude", "include")),
 }
 
 

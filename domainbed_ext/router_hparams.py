@@ -39,10 +39,30 @@ def tail() -> list[HParam]:
     ]
 
 
+def instruct() -> list[HParam]:
+    # the source's gate; a choice per image is the same in training and in evaluation
+    return [
+        *changed(moe("INSTRUCT"), fixed("moe_gate", "linear"), quiet()),
+        fixed("instruct_cls", "exclude"),
+    ]
+
+
+def quiet() -> HParam:
+    """Gate noise, by default none."""
+    return HParam("moe_noise_std", 0.0, one_of(0.0, 0.5, 1.0))
+
+
+def changed(hparams: list[HParam], *changes: HParam) -> list[HParam]:
+    """The same names in the same order, some of them with other defaults or draws."""
+    by_name = {change.name: change for change in changes}
+    return [by_name.get(hparam.name, hparam) for hparam in hparams]
+
+
 # In the order of table rows.
 ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
     "GMOE_DAR": lambda: moe("GMOE_DAR"),
     "GMOE_EEA": lambda: [*moe("GMOE_EEA"), *tail()],
     "LTDR": lambda: [*moe("LTDR"), *tail()],
+    "INSTRUCT": instruct,
 }

@@ -35,6 +35,11 @@ class TokenContext:
             token; for selection by attention (IAT).
         domain_B: int64 (B,), training environment of each image, for routers that want it.
         embedding_BD: float (B, *), one embedding per image, for routers that want it.
+        instruction_BL: bool (B, L), the tokens that a router for whole sequences looks at: in a
+            language model the prompt without the answer. None: every language token of a sequence,
+            and the patches of an image without language.
+        decided_logits_BE: float (B, E), what such a router decided before, to be used again: see
+            `gmoe_ltdr.decoding`.
     """
 
     modality_BL: Tensor
@@ -42,20 +47,22 @@ class TokenContext:
     attention_BL: Tensor | None = None
     domain_B: Tensor | None = None
     embedding_BD: Tensor | None = None
+    instruction_BL: Tensor | None = None
+    decided_logits_BE: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.modality_BL.dim() != 2:
             raise ValueError(
                 f"modality must have shape (batch, tokens), got {tuple(self.modality_BL.shape)}"
             )
-        for name in ("is_cls_BL", "attention_BL"):
+        for name in ("is_cls_BL", "attention_BL", "instruction_BL"):
             value = getattr(self, name)
             if value is not None and value.shape != self.modality_BL.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}, "
                     f"but modality has {tuple(self.modality_BL.shape)}"
                 )
-        for name in ("domain_B", "embedding_BD"):
+        for name in ("domain_B", "embedding_BD", "decided_logits_BE"):
             value = getattr(self, name)
             if value is not None and value.shape[0] != self.modality_BL.shape[0]:
                 raise ValueError(

@@ -13,12 +13,13 @@ from domainbed_ext.algorithms import ALGORITHMS, get_algorithm_class
 from domainbed_ext.algorithms.base import domains_of
 from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparams import default_hparams
+from domainbed_ext.hparams import CORE_ALGORITHMS, default_hparams
 from domainbed_ext.optimization import learning_rate_factor
 from gmoe_ltdr import collect_routing, moe_layers, preset
 from gmoe_ltdr.tail import TailRule
 
 VIT = [name for name in ALGORITHMS if name != "ERM"]
+COMPARISON = [name for name in VIT if name not in CORE_ALGORITHMS]
 SHAPE = (3, 28, 28)
 EIGHTH = torch.tensor(0.125)
 
@@ -46,7 +47,9 @@ def one_step(algorithm):
 
 
 def test_names():
-    assert ALGORITHMS == ["ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR"]
+    assert ALGORITHMS == [*CORE_ALGORITHMS, *COMPARISON]
+    assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
+    assert COMPARISON == ["INSTRUCT"]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")
 
@@ -194,8 +197,9 @@ def test_every_selection_trains(selection):
     assert all(plan.tail_mask_T.any() for plan in routings.values())
 
 
-def test_bfloat16_trains_and_predicts_float32():
-    algorithm = create("LTDR", precision="bf16")
+@pytest.mark.parametrize("name", ["LTDR", *COMPARISON])
+def test_bfloat16_trains_and_predicts_float32(name):
+    algorithm = create(name, precision="bf16")
     assert np.isfinite(algorithm.update(minibatches())["loss"])
     assert algorithm.eval().predict(minibatches()[0][0]).dtype == torch.float32
 

@@ -120,6 +120,7 @@ ELABORATE = {"schedule": "one_cycle", "ema_decay": 0.9, "optimizer": "adamw", "d
         ("GMOE_DAR", {}),
         ("GMOE_EEA", {"ltdr_tail_scope": "ema"}),
         ("LTDR", {"augmentation": "domainbed"}),
+        ("INSTRUCT", {"moe_noise_std": 1.0}),
     ],
 )
 def test_a_stopped_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path, algorithm, hparams):
