@@ -23,6 +23,11 @@ class Modality(IntEnum):
     PADDING = 2  # never dispatched, never counted, in no loss
 
 
+# Logit of an expert that a token cannot choose. Its probability is exactly 0, while sums and
+# gradients stay finite, which they would not with an infinite one.
+CLOSED = -1e30
+
+
 @dataclass(frozen=True)
 class TokenContext:
     """What a layer cannot see in its tokens: their modality, their image, and side information.
@@ -102,7 +107,7 @@ class Routing:
     """What the router decided for T = B * L tokens. A row of the mask holds any number of experts.
 
     Attributes:
-        logits_TE: float32, clean (before gate noise).
+        logits_TE: float32, clean (before gate noise); `CLOSED` where a token cannot choose.
         probs_TE: float32, softmax of the clean logits; carries the gradient of the balance losses.
         dispatch_mask_TE: bool, which experts compute which token, capacity already applied.
         combine_weights_TE: float32, zero outside the mask. Rows sum to 1 unless the weighting is
@@ -138,6 +143,11 @@ class Routing:
     def selection_logits_TE(self) -> Tensor:
         """The logits that chose the experts: noisy in training with gate noise, else clean."""
         return self.logits_TE if self.noisy_logits_TE is None else self.noisy_logits_TE
+
+    @property
+    def open_TE(self) -> Tensor:
+        """Bool: which experts each token could choose."""
+        return self.logits_TE > CLOSED / 2
 
     @property
     def selected_mask_TE(self) -> Tensor:

@@ -46,6 +46,14 @@ def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def gather_experts(layer: MoE) -> dict[str, Tensor]:
+    """The parameters of all experts of one layer, by name. Collective, as above."""
+    named = layer.experts.named_parameters()
+    if layer.ep_group is None:
+        return {name: value.detach() for name, value in named}
+    return {name: _gather(value.detach(), layer) for name, value in named}
+
+
 def gather_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """`optimizer.state_dict()` with the state of all experts. Collective, as above."""
     return _convert(optimizer.state_dict(), optimizer, model, _gather)
