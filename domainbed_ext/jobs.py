@@ -10,6 +10,7 @@ without a database:
     done                     written last, atomically: the job is finished
     failed                   why the job stopped for good; JSON
     lock                     held while a process works on the job; gone once the job is done
+    progress.json            how far the run is; gone once the job is done
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from domainbed_ext.seeds import job_hash
 DONE_FILE = "done"
 FAILED_FILE = "failed"
 LOCK_FILE = "lock"
+PROGRESS_FILE = "progress.json"
 OUT_FILE = "out.txt"
 ERR_FILE = "err.txt"
 
@@ -226,19 +228,21 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Writes a file so that it is there whole or not at all; `durable`: after a power cut too."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def mark_done(folder: Path) -> None:
     """The last thing a run does."""
     (folder / FAILED_FILE).unlink(missing_ok=True)
+    (folder / PROGRESS_FILE).unlink(missing_ok=True)
     write_atomically(folder / DONE_FILE, "done")
 
 

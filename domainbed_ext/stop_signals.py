@@ -20,7 +20,6 @@ EXIT_STOPPED = 143  # as a shell has it for a process that SIGTERM ended
 # `timeout` and systemd send SIGTERM to a process and to its group: that is one request.
 REPEAT_SECONDS = 1.0
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
-_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
@@ -74,9 +73,11 @@ def stops_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # What is ignored, SIGHUP under nohup, stays ignored.
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _requests.receive) for number in heeded}
+    before = {
+        getattr(signal, name): signal.signal(getattr(signal, name), _requests.receive)
+        for name in _NAMES
+        if hasattr(signal, name) and not _is_from_nohup(name)
+    }
     try:
         yield
     finally:
@@ -103,5 +104,26 @@ def ask_to_stop(pid: int) -> None:
 
 def leave_stops_to_parent(_number: int = 0) -> None:
     """For helper processes: a signal to the whole group is for the process that they work for."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for name in _NAMES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def children_ignore_user_signals() -> Iterator[None]:
+    """Processes started within this block ignore SIGUSR1 and SIGUSR2 unless they ask for them: for
+    a program that would die of what Slurm sends to all processes of a job."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in _NAMES[1:3] if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _is_from_nohup(name: str) -> bool:
+    return name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -7,32 +7,16 @@ err.txt; what torchrun itself says is added to err.txt when no rank could say wh
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 from domainbed_ext.display import SweepProgress
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import (
-    ERR_FILE,
-    TrainArgs,
-    job_label,
-    make_folder,
-    mark_failed,
-    read_failure,
-)
+from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess
+from domainbed_ext.jobs import TrainArgs, job_label
 
-TORCHRUN_MODULE = "torch.distributed.run"
 _POLL_SECONDS = 0.2
-_SAVE_SECONDS = 120  # that torchrun gives processes it has told to end; its default is 30
-_LAST_LINES = 20
 
 
 def distributed_command(train_command: Sequence[str], ranks: int) -> list[str]:
@@ -86,81 +70,28 @@ def run_commands(
     threads = max(1, num_cores // (ranks * min(len(slots), len(jobs))))
 
     waiting = deque(zip(commands, jobs, strict=True))
-    running: list[_Running] = []
+    running: list[tuple[JobProcess, list[str] | None]] = []
     with SweepProgress(len(jobs)) as progress:
         try:
             while waiting or running:
                 while waiting and slots:
                     command, job = waiting.popleft()
-                    running.append(_start(command, job, slots.pop(0), threads))
+                    slot = slots.pop(0)
+                    environment = {"OMP_NUM_THREADS": str(threads)}
+                    if slot is not None:
+                        environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
+                    running.append((JobProcess(command, job, environment=environment), slot))
                     progress.started(job_label(job))
-                for item in [item for item in running if item.process.poll() is not None]:
-                    running.remove(item)
-                    slots.append(item.devices)
-                    progress.finished(job_label(item.job), _outcome(item))
+                for process, slot in [item for item in running if item[0].has_ended()]:
+                    running.remove((process, slot))
+                    slots.append(slot)
+                    progress.finished(job_label(process.job), process.outcome())
                 time.sleep(_POLL_SECONDS)
         finally:
-            for item in running:
-                item.process.terminate()  # torchrun passes it on
-            for item in running:
-                item.process.wait()
-                item.said.close()
-
-
-@dataclass
-class _Running:
-    process: subprocess.Popen
-    job: TrainArgs
-    devices: list[str] | None
-    said: IO[bytes]
-
-
-def _start(
-    command: Sequence[str], job: TrainArgs, devices: list[str] | None, threads: int
-) -> _Running:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_SECONDS))
-    if devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    said = tempfile.TemporaryFile()
-    process = subprocess.Popen(
-        list(command),
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=said,
-        # a signal to our group reaches it through us, once: torchrun would not survive a second
-        start_new_session=True,
-    )
-    return _Running(process, job, devices, said)
-
-
-def _outcome(item: _Running) -> str:
-    """What became of a process that has ended; leaves a reason in the folder if it failed."""
-    status = item.process.returncode
-    with item.said:
-        item.said.seek(0)
-        lines = item.said.read().decode("utf-8", errors="replace").splitlines()
-    if status == 0:
-        return "done"
-    folder = Path(item.job.output_dir)
-    failure = read_failure(folder)
-    if failure is None:
-        message = f"a process of the job died (torchrun: exit status {status})"
-        with contextlib.suppress(OSError, ValueError):  # a full disk must not end the sweep
-            make_folder(folder)
-            with open(folder / ERR_FILE, "a", encoding="utf-8") as file:
-                for line in [*lines[-_LAST_LINES:], f"error: {message}"]:
-                    file.write(f"{line}\n")
-            mark_failed(folder, reason="died", message=message)
-    elif failure.get("reason") == "diverged":
-        return "diverged"
-    return "failed"
-
-
-def train_flags(command: Sequence[str], module: str) -> list[str]:
-    """The flags of `train` in a command, with or without torchrun."""
-    return list(command[list(command).index(module) + 1 :])
+            for process, _ in running:
+                process.ask_to_stop()
+            for process, _ in running:
+                process.wait()
 
 
 def check_algorithms(algorithms: Sequence[str], *, ranks: int, trainable: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from domainbed_ext.launchers import cuda_devices
+from domainbed_ext.launchers.devices import cuda_devices
 
 _POLL_SECONDS = 0.1
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_ext.display import RunState, SweepProgress
+from domainbed_ext.job_process import OUTCOMES
 from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, job_label, make_folder, mark_failed
 from domainbed_ext.stop_signals import (
     EXIT_STOPPED,
@@ -33,13 +34,6 @@ from domainbed_ext.stop_signals import (
 
 REPORT_SECONDS = 0.2
 _END_SECONDS = 10.0
-_OUTCOMES = {
-    0: "done",
-    1: "failed",
-    2: "failed",
-    3: "in use by another process",
-    EXIT_STOPPED: "stopped, to be gone on with",
-}
 
 
 def run_jobs(
@@ -121,7 +115,7 @@ class _Worker:
         if isinstance(message, RunState):
             progress.report(label, message)
         else:
-            progress.finished(label, _OUTCOMES.get(message, f"failed ({message})"))
+            progress.finished(label, OUTCOMES.get(message, f"failed ({message})"))
             self.job = None
         return message != EXIT_STOPPED
 

@@ -23,7 +23,7 @@ from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
 from domainbed_ext.jobs import TASKS, Job, JobState, TrainArgs, job_label
-from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE
+from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, Launcher
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.scripts.train import (
     EXIT_FAILED,
@@ -163,6 +163,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="write checkpoints that often between evaluations too (default: 10)",
     )
     add_flags(parser)
+    for launcher in REGISTRY.values():
+        launcher.add_flags(parser)
     return parser
 
 
@@ -190,10 +192,8 @@ def sweep(args: argparse.Namespace) -> int:
             f"--command_launcher {args.command_launcher} is unknown; choose among "
             f"{', '.join(REGISTRY)}"
         )
-    if args.jobs is not None and args.jobs < 1:
-        raise UsageError(f"--jobs {args.jobs} is too small; choose 1 or more")
-    if args.gpus_per_job < 1:
-        raise UsageError(f"--gpus_per_job {args.gpus_per_job} is too small; choose 1 or more")
+    launcher = REGISTRY[args.command_launcher].from_args(args)
+    launcher.check()
     check_algorithms(args.algorithms, ranks=args.gpus_per_job, trainable=VIT_ALGORITHMS)
     found = find_datasets(args.data_dir)
     choose_all = not args.datasets
@@ -210,7 +210,7 @@ def sweep(args: argparse.Namespace) -> int:
         return EXIT_OK
     if args.command == "delete_incomplete":
         return _delete_incomplete(jobs, states, args)
-    return _launch(jobs, states, args)
+    return _launch(jobs, states, launcher, args)
 
 
 def print_jobs(jobs: Sequence[Job], states: dict[Path, JobState]) -> None:
@@ -258,7 +258,12 @@ def _print_data(
         )
 
 
-def _launch(jobs: Sequence[Job], states: dict[Path, JobState], args: argparse.Namespace) -> int:
+def _launch(
+    jobs: Sequence[Job],
+    states: dict[Path, JobState],
+    launcher: Launcher,
+    args: argparse.Namespace,
+) -> int:
     to_launch = [job for job in jobs if states[job.output_dir] in LAUNCHABLE]
     if to_launch:
         going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in to_launch)
@@ -269,10 +274,10 @@ def _launch(jobs: Sequence[Job], states: dict[Path, JobState], args: argparse.Na
         ]
         if args.gpus_per_job > 1:
             commands = [distributed_command(command, args.gpus_per_job) for command in commands]
-        REGISTRY[args.command_launcher](commands, num_workers=args.jobs)
+        launcher.launch(commands)
     else:
         print("Nothing to launch.")
-    if args.command_launcher == "dummy":
+    if launcher.hands_over:
         return EXIT_OK
     return _report(jobs, args)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
 from domainbed_ext.datasets.image_cache_flags import add_flags, image_cache_options
-from domainbed_ext.display import ReportProgress, run_progress, tee_output
+from domainbed_ext.display import ReportProgress, RunState, run_progress, tee_output
 from domainbed_ext.distributed import (
     LostRankError,
     OtherRankError,
@@ -46,6 +46,7 @@ from domainbed_ext.jobs import (
     read_failure,
     run_identity,
 )
+from domainbed_ext.progress_file import ProgressFile
 from domainbed_ext.seeds import seed_hash
 from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stop_requested, stops_on_signals
 
@@ -225,11 +226,23 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
         finished = on_first_rank(begin)
         if finished is not None:
             return finished
+        progress_file = ProgressFile(folder) if ranks.is_first else None
+
+        def report(state: RunState) -> None:
+            if progress_file is not None:
+                progress_file(state)
+            if progress is not None:
+                progress(state)
+
         try:
             from domainbed_ext.runs import prepare_run
             from domainbed_ext.training import execute
 
-            return execute(prepare_run(args, hparams, progress=progress), progress=progress)
+            return execute(prepare_run(args, hparams, progress=report), progress=report)
+        except Stopped:
+            if progress_file is not None:
+                progress_file.stopped()
+            raise
         except DivergedError as error:
             if ranks.is_first:  # all ranks know
                 mark_failed(folder, reason="diverged", message=str(error), step=error.step)
@@ -238,6 +251,8 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
             raise
         except Exception as error:
             if stop_requested():  # helper processes and other ranks may have left already
+                if progress_file is not None:
+                    progress_file.stopped()
                 raise Stopped from error
             message = f"{type(error).__name__}: {error}"
             if ranks.size > 1:

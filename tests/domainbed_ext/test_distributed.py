@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from domainbed_ext import launchers
 from domainbed_ext.algorithms import ERM_ViT
 from domainbed_ext.checkpoint import load_algorithm, load_checkpoint
 from domainbed_ext.distributed import (
@@ -28,7 +27,9 @@ from domainbed_ext.distributed import (
     on_first_rank,
 )
 from domainbed_ext.errors import UsageError
+from domainbed_ext.job_process import TORCHRUN_MODULE
 from domainbed_ext.jobs import TrainArgs, read_failure
+from domainbed_ext.launchers import devices
 from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import prepare_run
@@ -305,6 +306,7 @@ def test_commands_of_a_sweep():
     command = distributed_command(plain, 4)
     assert ranks_of(plain) == 1
     assert ranks_of(command) == 4
+    assert TORCHRUN_MODULE in command
     assert command[-4:] == [
         "domainbed_ext.scripts.train", "--distributed", "--dataset", "PACS",
     ]  # fmt: skip
@@ -317,7 +319,7 @@ def test_bad_input_of_a_sweep(capsys, monkeypatch, tmp_path):
     assert "ERM trains on one device only" in capsys.readouterr().err
     assert sweep([*few, "--algorithms", "LTDR", "--gpus_per_job", "0"]) == 2
     assert "--gpus_per_job 0" in capsys.readouterr().err
-    monkeypatch.setattr(launchers, "cuda_devices", lambda: ["0"])
+    monkeypatch.setattr(devices, "cuda_devices", lambda: ["0"])
     assert sweep([*few, "--algorithms", "LTDR", "--gpus_per_job", "2"]) == 2
     assert "this machine has 1 CUDA devices" in capsys.readouterr().err
 

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
-from domainbed_ext import launchers, workers
+from domainbed_ext import workers
 from domainbed_ext.jobs import TrainArgs
-from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, default_workers
+from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, devices
+from domainbed_ext.launchers.local import LocalLauncher, default_workers
 
 
 @pytest.mark.parametrize(
-    ("datasets", "devices", "expected"),
+    ("datasets", "num_devices", "expected"),
     [
         (["RotatedDigits", "Debug28"], 0, 5),  # small models: one per core
         (["EmojiDG"], 0, 5),
@@ -22,33 +23,33 @@ from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, default_workers
         (["RotatedDigits"], 2, 2),  # one per CUDA device
     ],
 )
-def test_default_number_of_workers(monkeypatch, datasets, devices, expected):
-    monkeypatch.setattr(launchers, "num_cores", lambda: 5)
-    assert default_workers(datasets, num_devices=devices) == expected
+def test_default_number_of_workers(monkeypatch, datasets, num_devices, expected):
+    monkeypatch.setattr(devices, "num_cores", lambda: 5)
+    assert default_workers(datasets, num_devices=num_devices) == expected
 
 
 @pytest.mark.parametrize(
-    ("asked", "devices", "workers_and_threads"),
+    ("asked", "cuda", "workers_and_threads"),
     [(None, [], (3, 2)), (2, [], (2, 3)), (1, [], (1, 7)), (9, [], (3, 2)), (3, ["0"], (3, 2))],
 )
-def test_cores_are_shared_among_workers(monkeypatch, asked, devices, workers_and_threads):
+def test_cores_are_shared_among_workers(monkeypatch, asked, cuda, workers_and_threads):
     seen = {}
-    monkeypatch.setattr(launchers, "num_cores", lambda: 7)
-    monkeypatch.setattr(launchers, "cuda_devices", lambda: devices)
+    monkeypatch.setattr(devices, "num_cores", lambda: 7)
+    monkeypatch.setattr(devices, "cuda_devices", lambda: cuda)
     monkeypatch.setattr(workers, "run_jobs", lambda jobs, **rest: seen.update(rest, jobs=jobs))
     args = [TrainArgs(dataset="Debug28", seed=seed) for seed in range(3)]
     commands = [[sys.executable, "-m", TRAIN_MODULE, *job.command_line()] for job in args]
-    REGISTRY["local"](commands, num_workers=asked)
+    LocalLauncher(jobs=asked).launch(commands)
     assert seen["jobs"] == args
     assert (seen["num_workers"], seen["threads"]) == workers_and_threads
-    assert seen["devices"] == devices
+    assert seen["devices"] == cuda
 
 
 def test_the_cpu_needs_no_look_at_devices(monkeypatch):
-    monkeypatch.setattr(launchers, "cuda_devices", lambda: pytest.fail("looked for devices"))
+    monkeypatch.setattr(devices, "cuda_devices", lambda: pytest.fail("looked for devices"))
     monkeypatch.setattr(workers, "run_jobs", lambda jobs, **rest: None)
     command = TrainArgs(dataset="Debug28", device="cpu").command_line()
-    REGISTRY["local"]([[sys.executable, "-m", TRAIN_MODULE, *command]])
+    REGISTRY["local"]().launch([[sys.executable, "-m", TRAIN_MODULE, *command]])
 
 
 def test_exit_statuses_in_words():

@@ -14,6 +14,7 @@ import pytest
 from domainbed_ext.stop_signals import (
     Stopped,
     ask_to_stop,
+    children_ignore_user_signals,
     leave_stops_to_parent,
     stop_requested,
     stops_deferred,
@@ -99,3 +100,11 @@ def test_helper_processes_leave_signals_to_their_parent():
                 os.kill(os.getpid(), number)
             os._exit(7 if not stop_requested() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_child_may_ignore_user_signals_and_no_other():
+    code = "import signal; print([signal.getsignal(n).name for n in (15, 10, 12)])"
+    with children_ignore_user_signals():
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert out == "['SIG_DFL', 'SIG_IGN', 'SIG_IGN']\n"
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,18 +45,16 @@ def run_sweep(*flags):
 @pytest.fixture
 def in_process(monkeypatch):
     """The local launcher without worker processes: the same jobs, one after the other."""
-
-    def launch(commands, *, num_workers=None):
-        launched.extend(commands)
-        for command in commands:
-            args = parse_args(command[3:])
-            try:
-                run_train(args)
-            except UsageError:
-                pass
-
     launched = []
-    monkeypatch.setitem(launchers.REGISTRY, "local", launch)
+
+    class InProcess(launchers.Launcher):
+        def launch(self, commands):
+            launched.extend(commands)
+            for command in commands:
+                with contextlib.suppress(UsageError):
+                    run_train(parse_args(command[3:]))
+
+    monkeypatch.setitem(launchers.REGISTRY, "local", InProcess)
     return launched
 
 

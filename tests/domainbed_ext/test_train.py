@@ -263,7 +263,9 @@ def test_a_signal_before_the_first_step_ends_a_run(tmp_path, monkeypatch):
         "domainbed_ext.runs.prepare_run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert main(_flags(tmp_path)) == 143
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["err.txt", "lock", "out.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("err.txt", "lock", "out.txt", "progress.json"),
+    ]
 
 
 def test_kill_9_and_resume(tmp_path):

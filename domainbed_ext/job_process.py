@@ -1,0 +1,117 @@
+"""A job in a process of its own: how it is started, told to stop, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from domainbed_ext.jobs import ERR_FILE, TrainArgs, make_folder, mark_failed, read_failure
+from domainbed_ext.progress_file import STOPPED, read_progress
+from domainbed_ext.stop_signals import EXIT_STOPPED, ask_to_stop, children_ignore_user_signals
+
+TORCHRUN_MODULE = "torch.distributed.run"
+# What the exit statuses of `train` mean.
+OUTCOMES = {
+    0: "done",
+    1: "failed",
+    2: "failed",
+    3: "in use by another process",
+    130: "interrupted",
+    EXIT_STOPPED: "stopped, to be gone on with",
+}
+_SAVE_SECONDS = 120  # that torchrun gives processes it has told to end; its default is 30
+_LAST_LINES = 20
+
+
+class JobProcess:
+    """A running job. Its output is in its folder; what is said before it has one is kept.
+
+    Args:
+        command: `[python, "-m", "domainbed_ext.scripts.train", *flags]`, with or without torchrun.
+        job: What it runs.
+        environment: Variables to change.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        job: TrainArgs,
+        *,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.job = job
+        self._by_torchrun = TORCHRUN_MODULE in command[:3]
+        self._said = tempfile.TemporaryFile()
+        # torchrun knows of SIGTERM alone, and of that but once: hence, too, the session of its own
+        with children_ignore_user_signals() if self._by_torchrun else contextlib.nullcontext():
+            self._process = subprocess.Popen(
+                list(command),
+                env={
+                    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SAVE_SECONDS),
+                    **os.environ,
+                    **(environment or {}),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._said,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask_to_stop(self) -> None:
+        """Makes it write a checkpoint and leave. Asking again changes nothing."""
+        ranks = _ranks_of(self.pid) if self._by_torchrun else [self.pid]
+        for pid in ranks:
+            ask_to_stop(pid)
+        if not ranks:
+            self._process.terminate()
+
+    def wait(self) -> None:
+        """Returns when it has ended."""
+        self._process.wait()
+
+    def outcome(self) -> str:
+        """What became of a job that has ended, in a word or two. Leaves the reason in its folder if
+        nothing else did."""
+        status = self._process.wait()
+        with self._said as said:
+            said.seek(0)
+            lines = said.read().decode("utf-8", errors="replace").splitlines()
+        if status in OUTCOMES and OUTCOMES[status] != "failed":
+            return OUTCOMES[status]
+        folder = Path(self.job.output_dir)
+        failure = read_failure(folder)
+        if failure is not None:
+            return "diverged" if failure.get("reason") == "diverged" else "failed"
+        progress = read_progress(folder)
+        if progress is not None and progress.phase == STOPPED:
+            return OUTCOMES[EXIT_STOPPED]  # torchrun has no status for that
+        by = "torchrun: " if self._by_torchrun else ""
+        message = f"a process of the job died ({by}exit status {status})"
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not end the sweep
+            make_folder(folder)
+            with open(folder / ERR_FILE, "a", encoding="utf-8") as file:
+                for line in [*lines[-_LAST_LINES:], f"error: {message}"]:
+                    file.write(f"{line}\n")
+            mark_failed(folder, reason="died", message=message)
+        return "failed"
+
+
+def _ranks_of(pid: int) -> list[int]:
+    """The processes that torchrun has started, on Linux; none if they are not there yet."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    except OSError:
+        return []
+    return [child for child, command in commands.items() if b"--distributed" in command]

@@ -1,0 +1,20 @@
+"""Runs nothing and prints the commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from domainbed_ext.launchers.base import Launcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class DummyLauncher(Launcher):
+    """Prints each command, ready for a shell or a cluster's queue."""
+
+    hands_over = True
+
+    def launch(self, commands: Sequence[Sequence[str]]) -> None:
+        for command in commands:
+            print(f"Dummy launcher: {shlex.join(command)}")
