@@ -14,6 +14,7 @@ COMMANDS = {
     "sweep": ("domainbed_ext.scripts.sweep", "run many training jobs; stop and go on at any time"),
     "collect": ("domainbed_ext.scripts.collect_results", "make tables of a sweep's results"),
     "top": ("domainbed_ext.scripts.list_top_hparams", "list a sweep's best hyper-parameters"),
+    "plot": ("domainbed_ext.scripts.plot", "draw learning curves of runs and sweeps"),
     "download": ("domainbed_ext.scripts.download", "fetch data sets and check them"),
     "data": ("domainbed_ext.scripts.data_check", "check images: unreadable, counts, duplicates"),
     "doctor": ("domainbed_ext.doctor", "say what this machine has, and how to get the rest"),

@@ -29,6 +29,7 @@ TUTEL_STEPS = (
 # Extra: the modules that it brings, and the distributions they come in. Only those in use here.
 EXTRAS = {
     "emoji": {"resvg_py": "resvg-py"},
+    "plots": {"matplotlib": "matplotlib"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }

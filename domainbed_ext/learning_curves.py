@@ -1,0 +1,83 @@
+"""How runs learn: their records as curves over steps.
+
+    from domainbed_ext.learning_curves import chosen_draws, curves_frame
+    from domainbed_ext.records import load_records
+
+    curves = chosen_draws(curves_frame(load_records("sweep")))
+    curves.query("metric == 'test'").pivot_table("value", "step", "algorithm")
+
+One value a row: `dataset`, `test_envs` (a tuple), `algorithm`, `hparams_seed`, `trial_seed`,
+`metric`, `step`, `value`. The metrics are "in", "out" and "test" (see `split_accs`), and every
+number of a record under its own key. Accuracies are in percent. `curve_figure.py` draws them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from domainbed_ext.records import Record
+from domainbed_ext.selection import test_acc_key
+
+CURVE_COLUMNS = (
+    "dataset",
+    "test_envs",
+    "algorithm",
+    "hparams_seed",
+    "trial_seed",
+    "metric",
+    "step",
+    "value",
+)
+SPLITS = ("in", "out", "test")
+
+_SPLIT_ACC = re.compile(r"env(\d+)_(in|out)_acc")
+_RUN = ["dataset", "test_envs", "algorithm", "trial_seed", "hparams_seed"]
+
+
+def split_accs(record: Mapping[str, Any]) -> dict[str, float]:
+    """Mean accuracies, in [0, 1], of one record.
+
+    Returns:
+        "in" and "out", over the training domains: images that were trained on, and the held-out
+        part, by which training-domain validation selects. "test", over the test domains: the
+        accuracy that tables report. What a record lacks is left out.
+    """
+    test_envs = record["args"]["test_envs"]
+    accs: dict[str, list[float]] = {split: [] for split in SPLITS}
+    for match in filter(None, map(_SPLIT_ACC.fullmatch, record)):
+        if int(match[1]) not in test_envs:
+            accs[match[2]].append(record[match[0]])
+    for env in test_envs:
+        key = test_acc_key(record, env)
+        accs["test"] += [record[key]] if key in record else []
+    return {split: float(np.mean(values)) for split, values in accs.items() if values}
+
+
+def curves_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """All curves of all runs."""
+    rows: list[tuple[object, ...]] = []
+    for record in records:
+        args = record["args"]
+        seeds = args["hparams_seed"], args["trial_seed"]
+        run = (args["dataset"], tuple(args["test_envs"]), args["algorithm"], *seeds)
+        values = {split: 100 * acc for split, acc in split_accs(record).items()}
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                values[key] = 100 * value if key.endswith("_acc") else value
+        rows += [(*run, metric, record["step"], value) for metric, value in values.items()]
+    frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+    return frame.astype({"step": int, "value": float}).sort_values("step", kind="stable")
+
+
+def chosen_draws(curves: pd.DataFrame) -> pd.DataFrame:
+    """Of each trial, the hyper-parameter draw that training-domain validation selects."""
+    validated = curves[curves["metric"] == "out"]
+    best = validated.groupby(_RUN, as_index=False)["value"].max()
+    # Of equal draws the one with the highest seed counts, as in `selection.py`.
+    best = best.sort_values(["value", "hparams_seed"]).drop_duplicates(_RUN[:-1], keep="last")
+    return curves.merge(best[_RUN], on=_RUN, how="inner")
