@@ -187,6 +187,7 @@ def _train(
         shown_keys = _print_results(results, shown_keys)
         record = {
             **results,
+            **run.algorithm.diagnostics(),
             "hparams": run.hparams,
             "args": run.args.record_args(),
             "provenance": run.provenance,

@@ -39,7 +39,7 @@ def algorithm_names() -> list[str]:
 
 
 class Algorithm(nn.Module):
-    """DomainBed's contract, and `prepare`, which DomainBed does not call.
+    """DomainBed's contract, and `prepare` and `diagnostics`, which DomainBed does not call.
 
     Args:
         input_shape: (C, H, W) of the images.
@@ -86,6 +86,13 @@ class Algorithm(nn.Module):
             Numbers to be averaged and recorded.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define update")
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What the next record is to hold besides averages of `update`'s numbers: JSON values under
+        keys of their own, about the steps since the last record. Called once for each record, on
+        all ranks; what it counts belongs into `training_state`. DomainBed does not call it.
+        """
+        return {}
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes)."""

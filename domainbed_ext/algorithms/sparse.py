@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from domainbed_ext.algorithms.base import register_algorithm
+from domainbed_ext.algorithms.router_health import RouterHealth
 from domainbed_ext.algorithms.vit import ERM_ViT
 from domainbed_ext.backbones import (
     expert_parallel_group,
@@ -28,6 +30,10 @@ class SparseViT(ERM_ViT):
     """A ViT with mixture-of-experts layers: the task loss plus what the spec says of balance."""
 
     preset_name = "ltdr"
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self._router_health = RouterHealth(num_domains)
 
     def create_spec(self) -> MoESpec:
         """The sparse model that the hyper-parameters describe."""
@@ -57,7 +63,7 @@ class SparseViT(ERM_ViT):
     def loss(self, x, y, domains):
         # stays until the next step, since activation checkpointing runs layers again in backward
         set_image_info(self.network, **self.describe_images(x, domains))
-        with collect_routing(self.network) as routings:
+        with self.watched_routing(domains) as routings:
             task_loss = self.task_loss(self.run_network(x), y)
         balance = balance_loss(routings, self.spec)
         return task_loss + balance, {
@@ -72,6 +78,28 @@ class SparseViT(ERM_ViT):
             logits = super().predict(x)
         set_image_info(network)
         return logits
+
+    @contextmanager
+    def watched_routing(self, domains: Tensor) -> Iterator[dict[str, Routing]]:
+        """`collect_routing` of a training step, which records will tell of.
+
+        Args:
+            domains: Which training domain each image of the forward is from.
+        """
+        with collect_routing(self.network) as routings:
+            yield routings
+        self._router_health.add(routings, domains)
+
+    def diagnostics(self):
+        return {"router": self._router_health.report(self.network)}
+
+    def training_state(self):
+        return {**super().training_state(), "router_health": self._router_health.state()}
+
+    def load_training_state(self, state):
+        super().load_training_state(state)
+        if "router_health" in state:
+            self._router_health.load_state(state["router_health"])
 
 
 def routing_numbers(plans: Iterable[Routing]) -> dict[str, Tensor]:
