@@ -1,34 +1,33 @@
-"""Checkpoints that let a run go on bit for bit, and saved models. Safetensors and JSON: loading
-never runs code.
+"""Checkpoints that let a run go on bit for bit. Safetensors and JSON: loading never runs code.
 
 A checkpoint is one file, replaced atomically: tensors as safetensors, and everything else (step,
-optimizer settings, states of the random number generators) as JSON in that file's header.
+optimizer settings, states of the random number generators) as JSON in that file's header. It holds
+the records so far too, so that damage to results.jsonl costs none. The one before it is kept, in
+case it is itself damaged.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file, save_model
 
-from domainbed_ext.distributed import current_ranks, gather
+from domainbed_ext.distributed import current_ranks, gather, on_first_rank
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import write_atomically
+from domainbed_ext.jobs import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE
+from domainbed_ext.records import Record, format_records, parse_records
+from domainbed_ext.tensor_files import DamagedFileError, read_tensors, write_tensors
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
-MODEL_NAME = "model"
-FORMAT = "gmoe-ltdr checkpoint 1"
+FORMAT = "gmoe-ltdr checkpoint 2"
 
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+_RECORDS = "records"  # a tensor: the header of a safetensors file must not grow without bound
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class Checkpoint:
         rng_state: Of Python, NumPy, torch and CUDA.
         other_rng_states: Of the ranks after the first, in a distributed run.
         since_record: What each step has measured since the last record; empty right after one.
+        records: All that were made up to this step.
+        path: The file it comes from.
     """
 
     step: int
@@ -50,6 +51,8 @@ class Checkpoint:
     rng_state: dict[str, Any]
     other_rng_states: list[dict[str, Any]] = field(default_factory=list)
     since_record: dict[str, list[float]] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    path: Path = Path(CHECKPOINT_FILE)
 
     def rng_state_of(self, rank: int) -> dict[str, Any] | None:
         """The state of a rank; None for one that was not there when this was written."""
@@ -64,8 +67,10 @@ def save_checkpoint(
     algorithm: torch.nn.Module,
     info: Mapping[str, Any],
     since_record: Mapping[str, list[float]] | None = None,
+    records: Sequence[Record] = (),
 ) -> None:
-    """Writes all that a run needs to go on after `step`; atomically, over an older checkpoint.
+    """Writes all that a run needs to go on after `step`, atomically. The checkpoint that was there
+    becomes the previous one.
 
     In a distributed run all ranks call this; rank 0 writes, in the same form.
     """
@@ -82,7 +87,22 @@ def save_checkpoint(
         "rng_state": _encode(rng_states[0], tensors, {}),
         "other_rng_states": _encode(rng_states[1:], tensors, {}),
     }
-    _save_tensors(path, tensors, {"content": json.dumps(content)})
+    lines = np.frombuffer(bytearray(format_records(records).encode()), np.uint8)
+    tensors[_RECORDS] = torch.from_numpy(lines)
+    previous = path.with_name(PREVIOUS_CHECKPOINT_FILE)
+    write_tensors(path, tensors, json.dumps(content), keep=previous)
+
+
+def load_last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a job's folder that is whole, or None if there never was one.
+
+    In a distributed run all ranks call this, and get the same one.
+    """
+    found: list[Checkpoint] = []
+    path = on_first_rank(lambda: _last_whole(folder, found))
+    if path is None:
+        return None
+    return found[0] if found else load_checkpoint(path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
@@ -90,24 +110,63 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})["content"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return _read(path)
+    except DamagedFileError as error:
+        raise UsageError(_unusable(path, error)) from None
+
+
+def _last_whole(folder: Path, found: list[Checkpoint]) -> Path | None:
+    """Where it is; appends it to `found`."""
+    last, previous = folder / CHECKPOINT_FILE, folder / PREVIOUS_CHECKPOINT_FILE
+    if not previous.exists():
+        checkpoint = load_checkpoint(last)
+        found += [] if checkpoint is None else [checkpoint]
+        return last if found else None
+    problem = None
+    if last.exists():
+        try:
+            found.append(_read(last))
+            return last
+        except DamagedFileError as error:
+            problem = error
+    # where there is no last one, the process was killed between moving the two
+    try:
+        found.append(_read(previous))
+    except DamagedFileError as error:
+        raise UsageError(_unusable(previous, error)) from None
+    if problem is not None:
+        print(f"{last} is damaged ({problem}): going on from the checkpoint before it")
+        last.unlink()  # or it would take the place of the good one when the next is written
+    return previous
+
+
+def _read(path: Path) -> Checkpoint:
+    tensors, text = read_tensors(path)
+    try:
+        content = json.loads(text)
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
+            raise UsageError(_unusable(path, f"format {content['format']!r}"))
         return Checkpoint(
+            path=path,
             step=content["step"],
             info=content["info"],
             training_state=_decode(content["training_state"], tensors),
             rng_state=_decode(content["rng_state"], tensors),
-            other_rng_states=_decode(content.get("other_rng_states", []), tensors),
-            since_record=content.get("since_record", {}),
+            other_rng_states=_decode(content["other_rng_states"], tensors),
+            since_record=content["since_record"],
+            records=parse_records(tensors[_RECORDS].numpy().tobytes()),
         )
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a checkpoint of this version ({error}); delete it to start that run "
-            "from its first step"
-        ) from None
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{type(error).__name__}: {error}") from None
+
+
+def _unusable(path: Path, problem: object) -> str:
+    return (
+        f"{path} is not a checkpoint of this version ({problem}); delete it to start that run "
+        "from its first step"
+    )
 
 
 def training_state(algorithm: torch.nn.Module) -> dict[str, Any]:
@@ -167,75 +226,6 @@ def load_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][0])
     elif len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_algorithm(
-    folder: Path, algorithm: torch.nn.Module, info: Mapping[str, Any], *, name: str = MODEL_NAME
-) -> None:
-    """Writes the state dict as `<name>.safetensors`, shared tensors once, and `<name>.json`.
-
-    In a distributed run all ranks call this; rank 0 writes, as one process would.
-    """
-    algorithm = getattr(algorithm, "unsharded", lambda: algorithm)()
-    if not current_ranks().is_first:
-        return
-    path = folder / f"{name}.safetensors"
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_model(algorithm, str(partial), metadata={"format": "pt"})
-        _readable_like_other_files(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    write_atomically(
-        folder / f"{name}.json", json.dumps(dict(info), indent=2, sort_keys=True) + "\n"
-    )
-
-
-def load_algorithm(
-    folder: str | os.PathLike[str], *, name: str = MODEL_NAME, device: str = "cpu"
-) -> torch.nn.Module:
-    """The trained algorithm of a job's folder: `load_algorithm(folder).predict(images)`."""
-    from domainbed_ext.algorithms import get_algorithm_class
-
-    path = Path(folder) / f"{name}.safetensors"
-    if not path.is_file():
-        raise UsageError(
-            f"{path} does not exist; give the folder of a finished job, run without "
-            "--skip_model_save"
-        )
-    info = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-    # The weights come from the file, so nothing needs to be downloaded first.
-    hparams = {**info["model_hparams"], "pretrained": False}
-    if "moe_dispatcher" in hparams:  # one process, which need not have Tutel
-        hparams["moe_dispatcher"] = "local"
-    algorithm = get_algorithm_class(info["args"]["algorithm"])(
-        tuple(info["model_input_shape"]),
-        info["model_num_classes"],
-        info["model_num_domains"],
-        hparams,
-    )
-    load_model(algorithm, str(path))
-    return algorithm.to(device).eval()
-
-
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, str(partial), metadata=metadata)
-        _readable_like_other_files(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _readable_like_other_files(path: Path) -> None:
-    # safetensors makes files that only their owner may read; models are shared in groups.
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor], seen: dict[tuple[Any, ...], str]) -> Any:

@@ -6,6 +6,7 @@ without a database:
     results.jsonl            one record per evaluation
     out.txt, err.txt         what the run printed
     checkpoint.safetensors   everything needed to go on; gone once the job is done
+    checkpoint.previous.safetensors  the one before, in case that one is damaged
     model.safetensors/.json  the trained algorithm
     done                     written last, atomically: the job is finished
     failed                   why the job stopped for good; JSON
@@ -27,6 +28,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from domainbed_ext.atomic_files import remove_unfinished, write_atomically
 from domainbed_ext.datasets import DEFAULT_DATA_DIR
 from domainbed_ext.errors import UsageError
 from domainbed_ext.seeds import job_hash
@@ -35,6 +37,8 @@ DONE_FILE = "done"
 FAILED_FILE = "failed"
 LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+PREVIOUS_CHECKPOINT_FILE = "checkpoint.previous.safetensors"
 OUT_FILE = "out.txt"
 ERR_FILE = "err.txt"
 
@@ -228,22 +232,18 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Writes a file so that it is there whole or not at all; `durable`: after a power cut too."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def mark_done(folder: Path) -> None:
     """The last thing a run does."""
     (folder / FAILED_FILE).unlink(missing_ok=True)
     (folder / PROGRESS_FILE).unlink(missing_ok=True)
     write_atomically(folder / DONE_FILE, "done")
+
+
+def tidy_up(folder: Path) -> None:
+    """Removes what a job needs no more once it is done."""
+    for name in (CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE):
+        (folder / name).unlink(missing_ok=True)
+    remove_unfinished(folder)
 
 
 def mark_failed(folder: Path, *, reason: str, message: str, step: int | None = None) -> None:

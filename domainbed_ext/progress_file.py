@@ -14,8 +14,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from domainbed_ext.atomic_files import write_atomically
 from domainbed_ext.display import CACHING, RunState
-from domainbed_ext.jobs import PROGRESS_FILE, write_atomically
+from domainbed_ext.jobs import PROGRESS_FILE
 
 WRITE_SECONDS = 10.0
 STARTING, STOPPED = "starting", "stopped"

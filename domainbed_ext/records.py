@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from domainbed_ext.atomic_files import write_atomically, writing
 from domainbed_ext.errors import UsageError
 
 Record = dict[str, Any]
@@ -66,9 +67,12 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
     A partial last line, left by a process that was killed while writing, is removed first:
     otherwise the new record would be glued to it and both lost. NumPy and torch scalars are written
     as plain numbers.
+
+    Raises:
+        CannotWriteError: The records that were there still are.
     """
-    line = json.dumps(record, sort_keys=True, default=_plain_number) + "\n"
-    with open(path, "ab+") as file:
+    line = format_records([record])
+    with writing(Path(path)), open(path, "ab+") as file:
         file.seek(0)
         content = file.read()
         tail = content[content.rfind(b"\n") + 1 :]
@@ -82,17 +86,34 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Replaces a results file by these records, atomically. For resuming, which drops what came
-    after a checkpoint.
+    """Replaces a results file by these records, atomically."""
+    write_atomically(Path(path), format_records(records))
+
+
+def restore_records(path: str | os.PathLike[str], records: Sequence[Record]) -> bool:
+    """Lets a results file hold these records and no more. For resuming: what came after the
+    checkpoint is made again.
+
+    Returns:
+        Whether the file had lost any of them.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, sort_keys=True, default=_plain_number) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    path, wanted = Path(path), format_records(records).encode("utf-8")
+    content = path.read_bytes() if path.exists() else b""
+    if content != wanted:
+        write_records(path, records)
+    return not content.startswith(wanted)
+
+
+def format_records(records: Iterable[Record]) -> str:
+    """Records as the lines of a results file."""
+    return "".join(
+        json.dumps(record, sort_keys=True, default=_plain_number) + "\n" for record in records
+    )
+
+
+def parse_records(text: str | bytes) -> list[Record]:
+    """What `format_records` formatted."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
@@ -110,7 +131,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             continue
         try:
             record = json.loads(line.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 _logger.warning("%s, line %d is cut off and was left out", path, number)
                 continue
@@ -121,6 +142,17 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         _check_record(record, f"{path}, line {number}")
         records.append(record)
     return records
+
+
+def first_record(path: str | os.PathLike[str]) -> Record | None:
+    """The first record of a results file; None where there is none, or it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.loads(file.readline())
+        _check_record(record, str(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return dict(record)
 
 
 def load_records(folder: str | os.PathLike[str]) -> list[Record]:

@@ -21,12 +21,10 @@ import numpy as np
 import torch
 
 from domainbed_ext.checkpoint import (
-    CHECKPOINT_FILE,
     Checkpoint,
-    load_checkpoint,
+    load_last_checkpoint,
     load_rng_state,
     load_training_state,
-    save_algorithm,
     save_checkpoint,
 )
 from domainbed_ext.datasets.base import EnvSplit, balanced_weights
@@ -41,11 +39,26 @@ from domainbed_ext.distributed import (
 )
 from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate
-from domainbed_ext.jobs import DivergedError, check_same_run, mark_done, run_identity
+from domainbed_ext.jobs import (
+    CHECKPOINT_FILE,
+    DivergedError,
+    check_same_run,
+    mark_done,
+    run_identity,
+    tidy_up,
+)
 from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.provenance import environment_lines
-from domainbed_ext.records import RECORDS_FILE, Record, append_record, read_records, write_records
+from domainbed_ext.records import (
+    RECORDS_FILE,
+    Record,
+    append_record,
+    first_record,
+    read_records,
+    restore_records,
+)
 from domainbed_ext.runs import Run, reproducible_kernels
+from domainbed_ext.saved_models import save_algorithm
 from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
 
 _logger = logging.getLogger(__name__)
@@ -67,15 +80,14 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with stops_deferred():
-            for record in _train(run, start, since_record, progress):
-                records.append(record)
+            _train(run, start, since_record, records, progress)
     if progress is not None:
         progress(RunState(run.num_steps, run.num_steps, phase="saving"))
     if not run.args.skip_model_save:
         save_algorithm(run.folder, run.algorithm, run.info)
     if run.ranks.is_first:
         mark_done(run.folder)
-        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        tidy_up(run.folder)
     return records
 
 
@@ -83,7 +95,7 @@ def _resume(run: Run) -> tuple[int, SinceRecord, list[Record]]:
     """Puts the last checkpoint's state back. Returns the next step, what was measured since the
     last record, and the records so far.
     """
-    checkpoint = load_checkpoint(run.folder / CHECKPOINT_FILE)
+    checkpoint = load_last_checkpoint(run.folder)
     records = on_first_rank(lambda: _records_so_far(run, checkpoint))
     if checkpoint is None:
         return 0, defaultdict(list), records
@@ -97,28 +109,29 @@ def _resume(run: Run) -> tuple[int, SinceRecord, list[Record]]:
 def _records_so_far(run: Run, checkpoint: Checkpoint | None) -> list[Record]:
     """The records up to the checkpoint, after a check that both are of this run."""
     path = run.folder / RECORDS_FILE
-    records = read_records(path) if path.exists() else []
+    if checkpoint is not None:
+        first = first_record(path)
+    else:
+        first = next(iter(read_records(path)), None) if path.exists() else None
     wanted = {
         **run_identity(run.args.record_args(), run.hparams),
         "data": run.provenance["data_fingerprint"],
     }
-    for where in ([_of_checkpoint(checkpoint)] if checkpoint else []) + [
-        _of_record(r) for r in records[:1]
-    ]:
+    for where in ([_of_checkpoint(checkpoint)] if checkpoint else []) + (
+        [_of_record(first)] if first else []
+    ):
         check_same_run(
             run.folder,
             found=where,
             wanted={name: v for name, v in wanted.items() if name != "data" or "data" in where},
         )
-    # A record whose checkpoint was not written any more is made again; so is the one that a
-    # checkpoint taken before it has still to make.
-    last = -1 if checkpoint is None else checkpoint.step - bool(checkpoint.since_record)
-    kept = [record for record in records if record["step"] <= last]
-    if path.exists():
-        write_records(path, kept)
+    # A record whose checkpoint was not written any more is made again.
+    kept = [] if checkpoint is None else checkpoint.records
+    if restore_records(path, kept):
+        print(f"{path} was damaged: its {len(kept)} records are restored from the checkpoint")
     if checkpoint is not None:
-        print(f"Going on after step {checkpoint.step}, from {run.folder / CHECKPOINT_FILE}")
-    elif records:
+        print(f"Going on after step {checkpoint.step}, from {checkpoint.path}")
+    elif first is not None:
         print(f"No checkpoint in {run.folder}: starting again from the first step")
     return kept
 
@@ -134,8 +147,13 @@ def _of_record(record: Record) -> dict[str, Any]:
 
 
 def _train(
-    run: Run, start: int, since_record: SinceRecord, progress: ReportProgress | None
-) -> Iterator[Record]:
+    run: Run,
+    start: int,
+    since_record: SinceRecord,
+    records: list[Record],
+    progress: ReportProgress | None,
+) -> None:
+    """Takes the steps that are left, adding to the records."""
     train_batches = zip(*_train_loaders(run, start), strict=True)
     uda_batches = _uda_batches(run, start)
     evaluators = {name: _eval_batches(run, split) for name, split in run.splits.items()}
@@ -157,10 +175,11 @@ def _train(
             algorithm=run.algorithm,
             info=run.info,
             since_record=since_record,
+            records=records,
         )
         saved_at = time.monotonic()
 
-    def record_at(step: int) -> Record:
+    def record_at(step: int) -> None:
         nonlocal shown_keys
         if progress is not None:
             loss = since_record["loss"][-1] if "loss" in since_record else None
@@ -192,16 +211,16 @@ def _train(
             "args": run.args.record_args(),
             "provenance": run.provenance,
         }
+        records.append(record)
         if run.ranks.is_first:
             append_record(run.folder / RECORDS_FILE, record)
         since_record.clear()
         save(step)
         if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
             save_algorithm(run.folder, run.algorithm, run.info, name=f"model_step{step}")
-        return record
 
     if since_record and _has_record(run, start - 1):
-        yield record_at(start - 1)
+        record_at(start - 1)
     for step in range(start, run.num_steps):
         began = time.time()
         minibatches = [_to_device(batch, run.device) for batch in next(train_batches)]
@@ -230,7 +249,7 @@ def _train(
             wait_for_ranks()
             raise Stopped(step)
         if _has_record(run, step):
-            yield record_at(step)
+            record_at(step)
 
 
 def _has_record(run: Run, step: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domainbed_ext.atomic_files import remove_unfinished
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
 from domainbed_ext.datasets.image_cache_flags import add_flags, image_cache_options
 from domainbed_ext.display import ReportProgress, RunState, run_progress, tee_output
@@ -45,6 +46,7 @@ from domainbed_ext.jobs import (
     mark_failed,
     read_failure,
     run_identity,
+    tidy_up,
 )
 from domainbed_ext.progress_file import ProgressFile
 from domainbed_ext.seeds import seed_hash
@@ -217,8 +219,10 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
             path = folder / RECORDS_FILE
             records = read_records(path) if path.exists() else []
             _check_finished(folder, args, hparams, records)
+            tidy_up(folder)  # which the process may not have lived to do
             print(f"{folder} holds this very run, finished: nothing to do")
             return records
+        remove_unfinished(folder)
         (folder / FAILED_FILE).unlink(missing_ok=True)
         return None
 

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from domainbed_ext import checkpoint as module
+from domainbed_ext import tensor_files
 from domainbed_ext.checkpoint import (
     load_checkpoint,
+    load_last_checkpoint,
     load_rng_state,
     load_training_state,
     rng_state,
-    save_algorithm,
     save_checkpoint,
 )
 from domainbed_ext.errors import UsageError
@@ -99,9 +99,9 @@ def test_no_tensor_is_stored_twice(tmp_path):
     save_checkpoint(tmp_path / "c", step=0, algorithm=Plain(), info={})
     with safe_open(tmp_path / "c", framework="pt") as file:
         shapes = sorted(tuple(file.get_tensor(name).shape) for name in file.keys())
-    # Weight, bias, the empty buffer, and the states of NumPy (624 words) and torch.
-    assert shapes[:-1] == [(0, 4), (2,), (2, 3), (624,)]
-    assert len(shapes) == 5
+    # No record, weight, bias, the empty buffer, and the states of NumPy (624 words) and torch.
+    assert shapes[:-1] == [(0,), (0, 4), (2,), (2, 3), (624,)]
+    assert len(shapes) == 6
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, step=2, algorithm=Plain(), info={})
     assert load_checkpoint(path).step == 1
@@ -139,10 +139,73 @@ def test_objects_are_refused(tmp_path):
         save_checkpoint(tmp_path / "c", step=0, algorithm=algorithm, info={})
 
 
-def test_a_model_is_safetensors_and_json(tmp_path):
-    save_algorithm(tmp_path, Plain(), {"b": 1, "a": [2]})
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        names = {name.rpartition(".")[2] for name in file.keys()}
-    assert names == {"weight", "bias", "empty"}
-    assert (tmp_path / "model.safetensors").stat().st_mode & 0o044
+def damage(path, kind):
+    """What disks and people do to files."""
+    content = bytearray(path.read_bytes())
+    if kind == "cut off":
+        del content[-100:]
+    elif kind == "emptied":
+        content.clear()
+    elif kind == "a bit of a tensor":
+        content[-1000] ^= 1
+    elif kind == "a digit of the header":
+        content[content.index(b"0.125")] = ord("9")
+    else:
+        content[:8] = b"garbage!"
+    path.write_bytes(content)
+
+
+DAMAGE = ["cut off", "emptied", "a bit of a tensor", "a digit of the header", "overwritten"]
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    for step in (1, 2):
+        record = {"step": step, "args": {}, "loss": 0.1 * step}
+        info = {"number": 0.125}
+        save_checkpoint(path, step=step, algorithm=Plain(), info=info, records=[record])
+    return path
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(two_checkpoints, capsys, kind):
+    assert load_last_checkpoint(two_checkpoints.parent).step == 2
+    damage(two_checkpoints, kind)
+    found = load_last_checkpoint(two_checkpoints.parent)
+    assert (found.step, found.records) == (1, [{"step": 1, "args": {}, "loss": 0.1}])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert f"{two_checkpoints} is damaged (" in printed
+    # The next one written must not push the good one out.
+    save_checkpoint(two_checkpoints, step=2, algorithm=Plain(), info={})
+    damage(two_checkpoints, "emptied")
+    assert load_last_checkpoint(two_checkpoints.parent).step == 1
+
+
+def test_a_process_killed_between_moving_two_checkpoints(two_checkpoints, capsys):
+    two_checkpoints.unlink()
+    assert load_last_checkpoint(two_checkpoints.parent).step == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("last", ["damaged", "absent"])
+def test_no_checkpoint_that_is_whole(two_checkpoints, last):
+    previous = two_checkpoints.with_name("checkpoint.previous.safetensors")
+    damage(previous, "cut off")
+    if last == "absent":
+        two_checkpoints.unlink()
+    else:
+        damage(two_checkpoints, "cut off")
+    with pytest.raises(UsageError, match=r"checkpoint.*is not a checkpoint.*delete"):
+        load_last_checkpoint(previous.parent)
+    assert previous.exists()
+
+
+def test_a_checkpoint_of_another_version_is_never_deleted(two_checkpoints, monkeypatch):
+    monkeypatch.setattr("domainbed_ext.checkpoint.FORMAT", "gmoe-ltdr checkpoint 3")
+    save_checkpoint(two_checkpoints, step=3, algorithm=Plain(), info={})
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match=r"checkpoint\.safetensors is not .* of this version"):
+        load_last_checkpoint(two_checkpoints.parent)
+    assert two_checkpoints.exists()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from domainbed_ext.algorithms import ERM_ViT
-from domainbed_ext.checkpoint import load_algorithm, load_checkpoint
+from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.distributed import (
     LostRankError,
     OtherRankError,
@@ -33,6 +33,7 @@ from domainbed_ext.launchers import devices
 from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import prepare_run
+from domainbed_ext.saved_models import load_algorithm
 from domainbed_ext.scripts.sweep import main as sweep
 from domainbed_ext.scripts.train import check_args, main, train
 from domainbed_ext.stop_signals import Stopped, stops_on_signals
