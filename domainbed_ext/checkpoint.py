@@ -23,6 +23,7 @@ from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE
 from domainbed_ext.records import Record, format_records, parse_records
 from domainbed_ext.tensor_files import DamagedFileError, read_tensors, write_tensors
+from domainbed_ext.weight_averaging import ValleyAverage
 
 FORMAT = "gmoe-ltdr checkpoint 2"
 
@@ -174,20 +175,22 @@ def training_state(algorithm: torch.nn.Module) -> dict[str, Any]:
 
     With experts on several ranks, `full_state_dict()` has all of them.
     """
-    state_dict = getattr(algorithm, "full_state_dict", algorithm.state_dict)()
+    state = {"algorithm": getattr(algorithm, "full_state_dict", algorithm.state_dict)()}
+    average = getattr(algorithm, "average", None)
+    if isinstance(average, ValleyAverage):
+        state["average"] = average.training_state()
     own = getattr(algorithm, "training_state", None)
     if own is not None:
-        return {"algorithm": state_dict, "own": own()}
+        return {**state, "own": own()}
     optimizer = getattr(algorithm, "optimizer", None)
-    return {
-        "algorithm": state_dict,
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
-    }
+    return {**state, "optimizer": None if optimizer is None else optimizer.state_dict()}
 
 
 def load_training_state(algorithm: Any, state: Mapping[str, Any]) -> None:
     """Puts back what `training_state` gave."""
     algorithm.load_state_dict(state["algorithm"])
+    if "average" in state:
+        algorithm.average.load_training_state(state["average"])
     if "own" in state:
         algorithm.load_training_state(state["own"])
     elif state["optimizer"] is not None:

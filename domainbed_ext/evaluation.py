@@ -1,11 +1,12 @@
-"""Accuracy of an algorithm on splits."""
+"""Accuracy of an algorithm on splits, and the loss where it is wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_ext.distributed import Ranks
@@ -28,6 +29,7 @@ def evaluate(
     num_classes: int,
     ranks: Ranks | None = None,
     before_batch: Callable[[], None] = lambda: None,
+    loss_of: Collection[str] = (),
 ) -> dict[str, float]:
     """Accuracies of ``algorithm.predict`` in evaluation mode.
 
@@ -39,48 +41,73 @@ def evaluate(
         ranks: Processes that evaluate together, each its part of every loader's images. All of them
             get the numbers.
         before_batch: Called before each; may raise, to end the evaluation.
+        loss_of: Names of loaders whose loss is wanted too.
 
     Returns:
         For each name "{name}_acc", and "{name}_class_acc": the mean of the accuracies of the
-        classes that occur.
+        classes that occur; where asked for, "{name}_loss": the mean cross-entropy.
     """
     was_training = algorithm.training
     algorithm.eval()
     try:
         accuracies: dict[str, float] = {}
         for name, loader in loaders.items():
-            right, total = _class_counts(algorithm, loader, device, num_classes, before_batch)
+            sums = _class_sums(
+                algorithm,
+                loader,
+                device,
+                num_classes,
+                before_batch=before_batch,
+                with_loss=name in loss_of,
+            )
             if ranks is not None and ranks.size > 1:
-                torch.distributed.all_reduce(right)
-                torch.distributed.all_reduce(total)
+                torch.distributed.all_reduce(sums)
+            right, total, loss = sums
             if total.sum() == 0:
                 continue
             occurs = total > 0
             accuracies[f"{name}_acc"] = (right.sum() / total.sum()).item()
             accuracies[f"{name}_class_acc"] = (right[occurs] / total[occurs]).mean().item()
+            if name in loss_of:
+                accuracies[f"{name}_loss"] = (loss.sum() / total.sum()).item()
         return accuracies
     finally:
         algorithm.train(was_training)
 
 
-def _class_counts(
+def _class_sums(
     algorithm: Any,
     loader: EvalBatches,
     device: torch.device | str,
     num_classes: int,
+    *,
     before_batch: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
-    """How many images of each class were right, and how many there were; float64 on the CPU."""
+    with_loss: bool,
+) -> Tensor:
+    """Per class: how many images were right, how many there were, the sum of their losses; (3, C),
+    float64 on the CPU."""
     # Summed on the device: reading a number per batch would wait for it each time.
-    right = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    total = torch.zeros_like(right)
+    right, total, loss = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
     classes = torch.arange(num_classes, device=device)
     for x, y in loader:
         before_batch()
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        correct = predicted_classes(algorithm.predict(x)) == y
+        predictions = algorithm.predict(x)
+        correct = predicted_classes(predictions) == y
         # Not bincount, which deterministic algorithms forbid on CUDA.
         is_class_BC = y[:, None] == classes
         total += is_class_BC.sum(0)
         right += (is_class_BC & correct[:, None]).sum(0)
-    return right.double().cpu(), total.double().cpu()
+        if with_loss:
+            loss += _losses(predictions, y)[:, None].where(is_class_BC, 0).sum(0)
+    return torch.stack([right, total, loss]).cpu()
+
+
+def _losses(predictions: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each image, float64 (B,)."""
+    y = y.clamp(min=0)  # the label -1 counts nowhere
+    if predictions.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(
+            predictions[:, 0].double(), y.double(), reduction="none"
+        )
+    return F.cross_entropy(predictions.double(), y, reduction="none")

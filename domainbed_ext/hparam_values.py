@@ -31,6 +31,13 @@ VALUES: dict[str, Values] = {
     "lr": Number("learning rate", low_open=True),
     "weight_decay": Number("weight decay"),
     "batch_size": Integer("images per training domain and step", low=1),
+    # how any network is trained
+    "weight_averaging": Choice("whose weights predict", ("none", "ema", "swad")),
+    "ema_decay": Number("decay of the moving average; 0: 0.999", high=1.0, high_open=True),
+    "swad_n_converge": Integer("evaluations that show that the loss has converged", low=1),
+    "swad_n_tolerance": Integer("evaluations above the threshold that end the average", low=1),
+    "swad_tolerance_ratio": Number("how far above the converged loss the threshold is"),
+    "evaluate_raw": Flag("evaluate the weights before averaging too"),
     # the ViT algorithms
     "backbone": Name("timm name of the dense model"),
     "pretrained": Flag("start from the backbone's published weights"),
@@ -42,7 +49,6 @@ VALUES: dict[str, Values] = {
     "label_smoothing": Number("label smoothing", high=1.0, high_open=True),
     "drop_path": Number("stochastic depth of the last block", high=1.0, high_open=True),
     "grad_clip": Number("largest gradient norm; 0: off"),
-    "ema_decay": Number("decay of the weights' moving average; 0: off", high=1.0, high_open=True),
     "precision": Choice("arithmetic of the network", ("fp32", "bf16")),
     "eval_batch_size": Integer("images per evaluation batch", low=1),
     # the mixtures of experts
@@ -108,6 +114,12 @@ def check_together(hparams: Mapping[str, Any]) -> None:
         raise UsageError(
             f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: "
             "a tail token would get fewer experts than others; raise it, or pass 0 for all experts"
+        )
+
+    if hparams.get("weight_averaging") == "swad" and hparams.get("ema_decay"):
+        raise UsageError(
+            f"hparam ema_decay={hparams['ema_decay']} belongs to weight_averaging='ema', not "
+            "'swad'; leave one of them out"
         )
 
 

@@ -28,6 +28,7 @@ from domainbed_ext.hparam_draws import (
 )
 from domainbed_ext.hparam_values import check_together, check_value, read_json_object
 from domainbed_ext.router_hparams import ROUTER_HPARAMS
+from domainbed_ext.training_hparams import averaging
 
 # Row order of tables: DomainBed's algorithms in its order, then ours.
 UPSTREAM_ALGORITHMS: tuple[str, ...] = tuple(
@@ -106,7 +107,7 @@ SMALL_DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def registered_hparams(algorithm: str, dataset: str) -> list[HParam]:
-    """All hyper-parameters of an algorithm on a data set, in order."""
+    """All hyper-parameters of an algorithm's runs on a data set, in order."""
     if algorithm == "ERM":
         return _erm(dataset)
     if algorithm not in VIT_ALGORITHMS:
@@ -117,6 +118,11 @@ def registered_hparams(algorithm: str, dataset: str) -> list[HParam]:
     if algorithm in ROUTER_HPARAMS:
         hparams += ROUTER_HPARAMS[algorithm]()
     return hparams
+
+
+def optional_hparams(algorithm: str, dataset: str) -> list[HParam]:
+    """Further ones that an algorithm takes: all of them are in a run for which one is given."""
+    return averaging(dataset) if algorithm == "ERM" else []
 
 
 def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
@@ -141,7 +147,17 @@ def hparam_pairs(algorithm: str, dataset: str, seed: int) -> dict[str, tuple[Any
 
 def hparam_names(algorithm: str, dataset: str) -> list[str]:
     """The keys that --hparams takes for an algorithm."""
-    return [hparam.name for hparam in registered_hparams(algorithm, dataset)]
+    known = registered_hparams(algorithm, dataset) + optional_hparams(algorithm, dataset)
+    return [hparam.name for hparam in known]
+
+
+def with_overrides(
+    hparams: Mapping[str, Any], overrides: Mapping[str, Any], algorithm: str, dataset: str
+) -> dict[str, Any]:
+    """A run's hyper-parameters: the defaults or a draw, then what --hparams changes."""
+    optional = {h.name: h.default for h in optional_hparams(algorithm, dataset)}
+    further = optional if optional.keys() & overrides.keys() else {}
+    return {**hparams, **further, **overrides}
 
 
 def parse_hparams(json_text: str | None, algorithm: str, dataset: str) -> dict[str, Any]:
@@ -272,7 +288,7 @@ def _vit(dataset: str) -> list[HParam]:
         fixed("label_smoothing", 0.0),
         HParam("drop_path", 0.1, one_of(0.0, 0.1, 0.2)),
         fixed("grad_clip", 0.0),
-        fixed("ema_decay", 0.0),
+        *averaging(dataset),
         fixed("precision", "fp32"),
         fixed("eval_batch_size", 256),
     ]

@@ -1,13 +1,13 @@
-"""How a ViT is optimised: optimizer, learning-rate schedule, weight averaging, precision."""
+"""How a ViT is optimised: optimizer, learning-rate schedule, precision."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from domainbed_ext.errors import UsageError
 
@@ -64,24 +64,6 @@ class learning_rate_factor:  # noqa: N801  used like a function; a class so that
             return 1.0
         fall = (done - self.warmup) / max(1 - self.warmup, 1e-12)
         return (1 + math.cos(math.pi * fall)) / 2
-
-
-def ema_update(decay: float) -> Callable:
-    """Exponential moving average whose memory grows with the run, so that early steps fade."""
-
-    @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor) -> None:
-        steps = int(num_averaged)
-        weight = 1 - min(decay, (1 + steps) / (10 + steps))
-        floating = [i for i, value in enumerate(averaged) if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [averaged[i] for i in floating], [current[i].detach() for i in floating], weight
-        )
-        for i, value in enumerate(averaged):
-            if i not in floating:
-                value.copy_(current[i])
-
-    return update
 
 
 def autocast(device: torch.device, precision: str):

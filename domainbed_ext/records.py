@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,24 @@ def group_records(records: Sequence[Record]) -> list[RecordGroup]:
             key = (args["trial_seed"], args["dataset"], args["algorithm"], test_env)
             groups.setdefault(key, []).append(record)
     return [RecordGroup(*key, records=members) for key, members in groups.items()]
+
+
+def weights_of(record: Mapping[str, Any]) -> str | None:
+    """Whose weights a record's accuracies are of: "raw", "ema" or "swad"; None: it does not say."""
+    weights = (record.get("provenance") or {}).get("weights")
+    return None if weights is None else str(weights)
+
+
+def of_deployed_weights(records: Iterable[Record]) -> list[Record]:
+    """The records that can stand in a table: without those that a run with SWAD makes on its way to
+    the average.
+    """
+    return [
+        record
+        for record in records
+        if (record.get("hparams") or {}).get("weight_averaging") != "swad"
+        or weights_of(record) == "swad"
+    ]
 
 
 @contextlib.contextmanager

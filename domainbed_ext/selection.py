@@ -3,7 +3,7 @@
 A rule sees the records of one (trial seed, data set, algorithm, test environment), as
 `group_records` gathers them, and never looks at the test accuracy it reports. Numbers are those of
 DomainBed: the first of equal checkpoints wins, the highest hparams seed of equal draws wins, the
-oracle takes the last step.
+oracle takes the last step. A run with SWAD has one record to choose: that of its average.
 
 Two things differ, and only where DomainBed has no answer. An accuracy that is NaN never wins
 (there, a NaN at the first checkpoint does). And EmojiDG, which has a split "unseen", is tested on
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.records import Record
+from domainbed_ext.records import Record, of_deployed_weights, weights_of
 
 _OUT_ACC = re.compile(r"env(\d+)_out_acc")
 
@@ -59,7 +59,7 @@ class SelectionMethod:
     @classmethod
     def ranked_runs(cls, records: Sequence[Record]) -> list[tuple[Accuracy, list[Record]]]:
         """All judged hyper-parameter draws with their records, the best first."""
-        runs = _by(records, lambda record: record["args"]["hparams_seed"])
+        runs = _by(of_deployed_weights(records), lambda record: record["args"]["hparams_seed"])
         judged = [(cls.run_acc(run), run) for _, run in sorted(runs.items())]
         found = [(accuracy, run) for accuracy, run in judged if accuracy is not None]
         # Ascending and reversed, not descending: of equal draws the one with the highest hparams
@@ -111,7 +111,7 @@ class LeaveOneDomainOut(SelectionMethod):
 
     @classmethod
     def run_acc(cls, records: Sequence[Record]) -> Accuracy | None:
-        steps = _by(records, lambda record: record["step"])
+        steps = _by(records, _comparable_step)
         judged = [cls._step_acc(step_records) for _, step_records in sorted(steps.items())]
         found = [accuracy for accuracy in judged if accuracy is not None]
         return max(found, key=lambda accuracy: accuracy.val) if found else None
@@ -205,6 +205,11 @@ def test_acc_key(record: Mapping[str, Any], test_env: int) -> str:
     return unseen if unseen in record else f"env{test_env}_in_acc"
 
 
+def _comparable_step(record: Mapping[str, Any]) -> int:
+    """SWAD ends each run where that run's window ends, which is one point to compare."""
+    return -1 if weights_of(record) == "swad" else record["step"]
+
+
 def _left_out_key(record: Mapping[str, Any], env: int) -> str:
     return f"env{env}_out_acc" if f"env{env}_unseen_acc" in record else f"env{env}_in_acc"
 
@@ -245,7 +250,7 @@ def _ceiling_best(
     choose: Callable[[list[Record]], tuple[float, Record] | None],
 ) -> Accuracy | None:
     runs = _by(
-        (record for record in records if not record["args"]["test_envs"]),
+        (r for r in of_deployed_weights(records) if not r["args"]["test_envs"]),
         lambda record: record["args"]["hparams_seed"],
     )
     found = [_accuracy(choose(run), test_env) for _, run in sorted(runs.items())]

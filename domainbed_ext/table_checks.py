@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import order_algorithms
-from domainbed_ext.records import JobCount, Record
+from domainbed_ext.records import JobCount, Record, of_deployed_weights, weights_of
 from domainbed_ext.selection import (
     LeaveOneDomainOut,
     SelectionMethod,
@@ -26,13 +26,14 @@ def refuse_mixed(records: Sequence[Record]) -> None:
     Records that say nothing about their origin (DomainBed's own) are taken as they are.
     """
     seen: dict[tuple[str, str, str], tuple[str, Record]] = {}
-    for record in records:
+    for record in of_deployed_weights(records):
         args, provenance = record["args"], record.get("provenance") or {}
         row = f"{args['algorithm']} on {args['dataset']}"
         for key, scope in [
             ("data_fingerprint", args["dataset"]),
             ("backbone_weights", row),
             ("eval_tail_scope", row),
+            ("weights", row),
         ]:
             if provenance.get(key) is not None:
                 _refuse_difference(seen, (key, scope, ""), str(provenance[key]), record)
@@ -62,6 +63,9 @@ def explain_missing(
     single = [record for record in own if record["args"]["test_envs"] == [env]]
     if not single:
         return f"no run with test_envs [{env}]"
+    single = of_deployed_weights(single)
+    if not single:
+        return "SWAD's weights are evaluated when a run has ended, and none has"
     if method is not LeaveOneDomainOut:
         lacking = [
             key
@@ -124,6 +128,15 @@ def sweep_notes(records: Sequence[Record], jobs: JobCount | None) -> list[str]:
             notes.append(
                 f"{dataset}: the algorithms had unequal numbers of hyper-parameter draws ({counts})"
             )
+    averaged = {
+        (r["args"]["dataset"], r["args"]["algorithm"], weights)
+        for r in of_deployed_weights(records)
+        if (weights := weights_of(r)) not in (None, "raw")
+    }
+    notes += [
+        f"{dataset}: the accuracies of {algorithm} are of averaged weights ({weights})"
+        for dataset, algorithm, weights in sorted(averaged)
+    ]
     recorded = [record.get("provenance") or {} for record in records]
     silent = sum(not provenance for provenance in recorded)
     if 0 < silent < len(records):

@@ -3,18 +3,19 @@ record, every few minutes, and where a signal asked for an end.
 
 The loop is DomainBed's: one batch per training domain and step; at every `checkpoint_freq`-th step
 and at the last one, all splits of all domains are evaluated and one record is appended. Where we
-differ: validation images are not augmented, a run goes on where it was stopped, and a loss that is
-not finite ends it.
+differ: validation images are not augmented, a run goes on where it was stopped, a loss that is not
+finite ends it, and with SWAD a last record is that of the averaged weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,9 @@ from domainbed_ext.records import (
 from domainbed_ext.runs import Run, reproducible_kernels
 from domainbed_ext.saved_models import save_algorithm
 from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
+from domainbed_ext.weight_averaging import RAW, ValleyAverage, renew_batch_norm_
+
+_BATCH_NORM_STEPS = 500  # to measure the statistics of averaged weights, as SWAD does
 
 _logger = logging.getLogger(__name__)
 
@@ -81,6 +85,7 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
             torch.cuda.reset_peak_memory_stats()
         with stops_deferred():
             _train(run, start, since_record, records, progress)
+        _finish_average(run, records, progress)
     if progress is not None:
         progress(RunState(run.num_steps, run.num_steps, phase="saving"))
     if not run.args.skip_model_save:
@@ -125,7 +130,8 @@ def _records_so_far(run: Run, checkpoint: Checkpoint | None) -> list[Record]:
             found=where,
             wanted={name: v for name, v in wanted.items() if name != "data" or "data" in where},
         )
-    # A record whose checkpoint was not written any more is made again.
+    # A record whose checkpoint was not written any more is made again; so is that of an average,
+    # whose checkpoint is of the run before it.
     kept = [] if checkpoint is None else checkpoint.records
     if restore_records(path, kept):
         print(f"{path} was damaged: its {len(kept)} records are restored from the checkpoint")
@@ -156,7 +162,7 @@ def _train(
     """Takes the steps that are left, adding to the records."""
     train_batches = zip(*_train_loaders(run, start), strict=True)
     uda_batches = _uda_batches(run, start)
-    evaluators = {name: _eval_batches(run, split) for name, split in run.splits.items()}
+    evaluators = _evaluators(run)
     batch_size = run.hparams["batch_size"]
     # DomainBed counts epochs by its smallest domain, test domains included.
     steps_per_epoch = min(
@@ -187,33 +193,13 @@ def _train(
         results: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch}
         results.update({key: float(np.mean(column)) for key, column in since_record.items()})
         try:
-            accuracies = evaluate(
-                run.algorithm,
-                evaluators,
-                device=run.device,
-                num_classes=run.dataset.num_classes,
-                ranks=run.ranks,
-                before_batch=lambda: _stop_if_requested(step),
-            )
+            results.update(_evaluate(run, evaluators, lambda: _stop_if_requested(step)))
         except Stopped:  # the record is made when the run goes on
             save(step)
             wait_for_ranks()
             raise
-        results.update(accuracies)
-        results["mem_gb"] = (
-            torch.cuda.max_memory_allocated() / 2**30 if run.device == "cuda" else 0.0
-        )
         shown_keys = _print_results(results, shown_keys)
-        record = {
-            **results,
-            **run.algorithm.diagnostics(),
-            "hparams": run.hparams,
-            "args": run.args.record_args(),
-            "provenance": run.provenance,
-        }
-        records.append(record)
-        if run.ranks.is_first:
-            append_record(run.folder / RECORDS_FILE, record)
+        _append_record(run, records, {**results, **run.algorithm.diagnostics()})
         since_record.clear()
         save(step)
         if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
@@ -222,6 +208,8 @@ def _train(
     if since_record and _has_record(run, start - 1):
         record_at(start - 1)
     for step in range(start, run.num_steps):
+        if _is_over(run):
+            break
         began = time.time()
         minibatches = [_to_device(batch, run.device) for batch in next(train_batches)]
         unlabeled = (
@@ -262,6 +250,78 @@ def _stop_if_requested(step: int) -> None:
         raise Stopped(step)
 
 
+def _evaluate(
+    run: Run,
+    evaluators: Mapping[str, EvalBatches],
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The accuracies of a record; where SWAD averages weights, it hears of the loss."""
+    average = run.algorithm.average
+    observes = isinstance(average, ValleyAverage) and not average.ready
+    validation = [f"env{env}_out" for env in _train_envs(run)]
+    options: dict[str, Any] = {
+        "device": run.device,
+        "num_classes": run.dataset.num_classes,
+        "ranks": run.ranks,
+        "before_batch": before_batch,
+    }
+    results = evaluate(run.algorithm, evaluators, **options, loss_of=validation if observes else ())
+    if observes:
+        average.observe(float(np.mean([results[f"{name}_loss"] for name in validation])))
+    elif run.hparams.get("evaluate_raw") and run.algorithm.weights_in_evaluation != RAW:
+        with average.withheld():
+            raw = {f"{name}_raw": batches for name, batches in evaluators.items()}
+            results.update(evaluate(run.algorithm, raw, **options))
+    results["mem_gb"] = torch.cuda.max_memory_allocated() / 2**30 if run.device == "cuda" else 0.0
+    return results
+
+
+def _append_record(run: Run, records: list[Record], results: Mapping[str, Any]) -> None:
+    record = {
+        **results,
+        "hparams": run.hparams,
+        "args": run.args.record_args(),
+        "provenance": {**run.provenance, "weights": run.algorithm.weights_in_evaluation},
+    }
+    records.append(record)
+    if run.ranks.is_first:
+        append_record(run.folder / RECORDS_FILE, record)
+
+
+def _is_over(run: Run) -> bool:
+    """Whether no further step can change the model that the run ends with."""
+    average = run.algorithm.average
+    return isinstance(average, ValleyAverage) and average.valley.is_over
+
+
+def _finish_average(run: Run, records: list[Record], progress: ReportProgress | None) -> None:
+    """With SWAD: average the weights, and add the record of the average."""
+    average, last = run.algorithm.average, records[-1]
+    if not isinstance(average, ValleyAverage):
+        return
+    if progress is not None:
+        progress(RunState(run.num_steps, run.num_steps, phase="evaluating"))
+    average.finish()
+    renew_batch_norm_(run.algorithm, _further_images(run))
+    print(average.describe())
+    steps = {"swad_first_step": average.steps.start, "swad_last_step": average.steps.stop - 1}
+    results: dict[str, Any] = {"step": last["step"], "epoch": last["epoch"], **steps}
+    results.update(_evaluate(run, _evaluators(run)))
+    _print_results(results, [])
+    _append_record(run, records, results)
+
+
+def _further_images(run: Run) -> Iterator[torch.Tensor]:
+    """Those of the steps after the last one."""
+    batches = zip(*_train_loaders(run, run.num_steps), strict=True)
+    for minibatches in itertools.islice(batches, min(_BATCH_NORM_STEPS, run.num_steps)):
+        yield torch.cat([_to_device(batch, run.device)[0] for batch in minibatches])
+
+
+def _evaluators(run: Run) -> dict[str, EvalBatches]:
+    return {name: _eval_batches(run, split) for name, split in run.splits.items()}
+
+
 def _train_loaders(run: Run, start: int) -> list[TrainBatches]:
     return [_train_batches(run, split, start) for split in _train_splits(run)]
 
@@ -272,11 +332,11 @@ def _plain_train_images(run: Run) -> list[EvalBatches]:
 
 
 def _train_splits(run: Run) -> list[EnvSplit]:
-    return [
-        run.splits[f"env{env}_in"]
-        for env in range(len(run.dataset))
-        if env not in run.args.test_envs
-    ]
+    return [run.splits[f"env{env}_in"] for env in _train_envs(run)]
+
+
+def _train_envs(run: Run) -> list[int]:
+    return [env for env in range(len(run.dataset)) if env not in run.args.test_envs]
 
 
 def _eval_batches(run: Run, split: EnvSplit, ranks: Ranks | None = None) -> EvalBatches:

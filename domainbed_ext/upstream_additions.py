@@ -138,6 +138,12 @@ def _checked_hparams(algorithm: str, hparams: Mapping[str, Any]) -> dict[str, An
     if others:
         _logger.warning("%s takes no hparam %s: ignored", algorithm, ", ".join(others))
     own = {name: hparams[name] for name in names}
+    if own["weight_averaging"] == "swad":
+        raise UsageError(
+            f"{algorithm}: weight_averaging='swad' needs the validation loss of each evaluation, "
+            "which DomainBed's training does not tell an algorithm; take 'ema', or run `python -m "
+            "domainbed_ext.scripts.train`"
+        )
     return {**hparams, **validate_hparams(own, algorithm, "PACS")}
 
 

@@ -39,10 +39,27 @@ def sharded_parameters(model: nn.Module) -> dict[str, MoE]:
 
 def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` with all experts. Every rank of the group calls it and gets all."""
+    return gather_tensors(model.state_dict(), model)
+
+
+def gather_tensors(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors shaped and named like the model's, with those of all experts. Collective, as above.
+
+    Means of its weights, for instance.
+    """
     layers = sharded_parameters(model)
     return {
         name: _gather(value, layers[name]) if name in layers else value
-        for name, value in model.state_dict().items()
+        for name, value in tensors.items()
+    }
+
+
+def shard_tensors(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What belongs to the experts held here, of what `gather_tensors` gave."""
+    layers = sharded_parameters(model)
+    return {
+        name: _held_part(value, layers[name]) if name in layers else value
+        for name, value in tensors.items()
     }
 
 
@@ -63,12 +80,7 @@ def shard_optimizer_state(
     state: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> dict[str, Any]:
     """The part of an unsharded optimizer state that belongs to the experts held here."""
-
-    def held_part(value: Tensor, layer: MoE) -> Tensor:
-        held = layer.held_experts
-        return value[held.start : held.stop].clone()
-
-    return _convert(state, optimizer, model, held_part)
+    return _convert(state, optimizer, model, _held_part)
 
 
 def _convert(
@@ -99,6 +111,11 @@ def _convert(
         for number, values in sorted(state["state"].items())
     }
     return {**state, "state": converted}
+
+
+def _held_part(whole: Tensor, layer: MoE) -> Tensor:
+    held = layer.held_experts
+    return whole[held.start : held.stop].clone()
 
 
 @torch.no_grad()

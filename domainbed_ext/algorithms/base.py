@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import order_algorithms
+from domainbed_ext.weight_averaging import RAW, WeightAverage
 
 Minibatches = Sequence[tuple[Tensor, Tensor]]
 
@@ -49,6 +51,7 @@ class Algorithm(nn.Module):
 
     Attributes:
         weights_tag: Which pretrained weights the model started from; "random" for none.
+        average: Set it to average the weights that predict; evaluation mode then deploys it.
     """
 
     weights_tag = "random"
@@ -63,6 +66,7 @@ class Algorithm(nn.Module):
         super().__init__()
         self.hparams = hparams
         self._arguments = (input_shape, num_classes, num_domains)
+        self.average: WeightAverage | None = None
 
     def prepare(self, environments: Sequence[Iterable[tuple[Tensor, Tensor]]]) -> None:
         """Called once, before the first step of a run. What it finds out belongs into buffers,
@@ -97,6 +101,36 @@ class Algorithm(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
         raise NotImplementedError(f"{type(self).__name__} does not define predict")
+
+    @property
+    def weights_in_evaluation(self) -> str:
+        """Whose weights predict in evaluation mode: "raw", or the kind of average there is."""
+        return RAW if self.average is None else self.average.weights_in_evaluation
+
+    def train(self, mode: bool = True) -> Algorithm:
+        super().train(mode)
+        if self.average is not None:
+            self.average.deploy_(not mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._trained_weights():
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._trained_weights():
+            return super().load_state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _trained_weights(self) -> Iterator[None]:
+        """The trained weights under their own names, in either mode."""
+        if self.average is not None:
+            self.average.deploy_(False)
+        try:
+            yield
+        finally:
+            if self.average is not None:
+                self.average.deploy_(not self.training)
 
 
 def join(minibatches: Minibatches) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from domainbed_ext.algorithms.base import Algorithm, join, register_algorithm
 from domainbed_ext.networks import create_classifier, create_featurizer
+from domainbed_ext.weight_averaging import create_average
 
 
 @register_algorithm
@@ -23,6 +24,8 @@ class ERM(Algorithm):
         self.optimizer = torch.optim.Adam(
             self.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
         )
+        predicting = {"featurizer": self.featurizer, "classifier": self.classifier}
+        self.average = create_average(predicting, hparams)
 
     def update(self, minibatches, unlabeled=None):
         x, y = join(minibatches)
@@ -30,6 +33,8 @@ class ERM(Algorithm):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         return {"loss": loss.item()}
 
     def predict(self, x):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from domainbed_ext.algorithms.base import Algorithm, domains_of, join, register_algorithm
 from domainbed_ext.backbones import hparams_are_to_blame, timm_arguments, weights_tag
@@ -16,9 +15,9 @@ from domainbed_ext.distributed import current_ranks
 from domainbed_ext.optimization import (
     autocast,
     create_optimizer,
-    ema_update,
     learning_rate_factor,
 )
+from domainbed_ext.weight_averaging import create_average
 from gmoe_ltdr.expert_parallel import (
     average_expert_gradients_,
     clip_grad_norm_,
@@ -33,8 +32,8 @@ from gmoe_ltdr.sharding import gather_optimizer_state, gather_state_dict, shard_
 class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and tables
     """Empirical risk minimisation with a dense timm ViT.
 
-    Adam or AdamW, a constant, cosine or one-cycle learning rate, optional weight averaging (EMA)
-    whose weights then make the predictions.
+    Adam or AdamW, a constant, cosine or one-cycle learning rate, optional averaging of the
+    network's weights.
     """
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
@@ -46,11 +45,7 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
             self.optimizer, learning_rate_factor(hparams)
         )
         self._parallel: list[nn.Module] = []  # a list, to be no part of the state
-        self.average = None
-        if hparams["ema_decay"] > 0:
-            self.average = AveragedModel(
-                self.network, multi_avg_fn=ema_update(hparams["ema_decay"]), use_buffers=True
-            )
+        self.average = create_average({"network": self.network}, hparams)
 
     def create_network(self, input_shape, num_classes: int) -> nn.Module:
         arguments = timm_arguments(input_shape, num_classes, self.hparams)
@@ -108,14 +103,14 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         self.scheduler.step()
         self.after_step()
         if self.average is not None:
-            self.average.update_parameters(self.network)
+            self.average.update()
         numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in numbers.items()}
         return {"loss": loss.item(), "lr": learning_rate, **numbers}
 
     @property
     def predicting_network(self) -> nn.Module:
-        """The network itself, or in evaluation the one of averaged weights where there is one."""
-        return self.network if self.average is None or self.training else self.average
+        """The network, which in evaluation mode has the averaged weights where there are any."""
+        return self.network
 
     def predict(self, x):
         with autocast(x.device, self.hparams["precision"]):

@@ -31,6 +31,7 @@ from domainbed_ext.hparams import (
     default_hparams,
     parse_hparams,
     random_hparams,
+    with_overrides,
 )
 from domainbed_ext.jobs import (
     DONE_FILE,
@@ -282,7 +283,7 @@ def run_hparams(args: TrainArgs) -> dict[str, Any]:
     else:
         seed = seed_hash(args.hparams_seed, args.trial_seed)
         hparams = random_hparams(args.algorithm, args.dataset, seed)
-    return {**hparams, **overrides}
+    return with_overrides(hparams, overrides, args.algorithm, args.dataset)
 
 
 def check_args(args: TrainArgs) -> dict[str, Any]:

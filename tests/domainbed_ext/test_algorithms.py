@@ -124,20 +124,19 @@ def test_routers_are_told_of_the_images():
     hparams = default_hparams("LTDR", "Debug28")
     algorithm = Informed(SHAPE, 2, 2, {**hparams, "ema_decay": 0.9})
     contexts = []
-    for network in (algorithm.network, algorithm.average):
-        for layer in moe_layers(network).values():
-            layer.router.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[1]))
+    for layer in moe_layers(algorithm.network).values():
+        layer.router.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[1]))
     data = minibatches()
     x, _ = (torch.cat(parts) for parts in zip(*data, strict=True))
     algorithm.update(data)
     assert [c.domain_B.tolist() for c in contexts] == [[0] * 4 + [1] * 4] * 2
     contexts.clear()
-    algorithm.eval().predict(x[:3])  # by the averaged network
+    algorithm.eval().predict(x[:3])  # by averaged weights
     assert len(contexts) == 2
     for context in contexts:
         assert context.domain_B is None
         torch.testing.assert_close(context.embedding_BD[:, 0], x[:3].mean((1, 2, 3)))
-    algorithm.average(x)  # another batch: what was told of the last one is gone
+    algorithm.network(x)  # another batch: what was told of the last one is gone
 
 
 def test_losses_of_a_router_are_recorded_and_added():
@@ -215,13 +214,13 @@ def test_averaged_weights_make_the_predictions():
     for n, new in enumerate(weights[2:], start=1):
         decay = (1 + n) / (10 + n)
         expected = decay * expected + (1 - decay) * new
-    averaged = algorithm.average.module.head.weight
+    averaged = algorithm.average.averaged.network.head.weight
     torch.testing.assert_close(averaged, expected)
+    torch.testing.assert_close(algorithm.network.head.weight, weights[-1], rtol=0, atol=0)
     algorithm.eval()
-    x = minibatches()[0][0]
-    algorithm.average.module.eval()
-    assert torch.equal(algorithm.predict(x), algorithm.average.module(x))
-    assert not torch.equal(algorithm.predict(x), algorithm.network(x))
+    torch.testing.assert_close(algorithm.network.head.weight, expected)
+    algorithm.train()
+    torch.testing.assert_close(algorithm.network.head.weight, weights[-1], rtol=0, atol=0)
 
 
 def schedule(name: str, steps: int = 10, warmup: float = 0.0) -> list[float]:
