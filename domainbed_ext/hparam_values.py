@@ -75,6 +75,9 @@ VALUES: dict[str, Values] = {
     "dynamic_max_experts": Integer("experts that the pool may grow to", low=1),
     "dynamic_cycle": Integer("steps between two changes of the pool; 0: it never changes"),
     "dynamic_loss": Choice("loss of DynMoE's router", ("diversity", "gshard", "deepspeed")),
+    "stgc_weight": Number("weight of the loss that parts conflicting tokens"),
+    "stgc_threshold": Number("gradient cosine below which a token conflicts", low=-1.0, high=1.0),
+    "stgc_divide_by_experts": Flag("divide that loss by the number of experts"),
 }
 
 

@@ -71,6 +71,15 @@ def dynamic() -> list[HParam]:
     ]
 
 
+def stgc() -> list[HParam]:
+    return [
+        *moe("STGC"),
+        HParam("stgc_weight", 1.0, one_of(0.25, 0.5, 1.0, 2.0)),
+        fixed("stgc_threshold", 0.0),
+        fixed("stgc_divide_by_experts", True),
+    ]
+
+
 # In the order of table rows.
 ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
@@ -79,4 +88,5 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "LTDR": lambda: [*moe("LTDR"), *tail()],
     "INSTRUCT": instruct,
     "DYNAMIC": dynamic,
+    "STGC": stgc,
 }
