@@ -52,7 +52,7 @@ VALUES: dict[str, Values] = {
     "precision": Choice("arithmetic of the network", ("fp32", "bf16")),
     "eval_batch_size": Integer("images per evaluation batch", low=1),
     # the mixtures of experts
-    "moe_num_experts": Integer("experts per sparse block", low=1),
+    "moe_num_experts": Integer("experts per sparse block (DYNAMIC: at the start)", low=1),
     "moe_top_k": Integer("experts per token", low=1),
     "moe_layers": Layers("which blocks are sparse"),
     "moe_gate": Choice("how a token scores the experts", ("cosine", "linear")),
@@ -78,6 +78,12 @@ VALUES: dict[str, Values] = {
         "their share, for vtt_fixed and iat", high=1.0, low_open=True
     ),
     "instruct_cls": Choice("class token in the mean of the patches", ("exclude", "include")),
+    "dynamic_max_experts": Integer("experts that the pool may grow to", low=1),
+    "dynamic_cycle": Integer("steps between two changes of the pool; 0: it never changes"),
+    "dynamic_loss": Choice("loss of DynMoE's router", ("diversity", "gshard", "deepspeed")),
+    "stgc_weight": Number("weight of the loss that parts conflicting tokens"),
+    "stgc_threshold": Number("gradient cosine below which a token conflicts", low=-1.0, high=1.0),
+    "stgc_divide_by_experts": Flag("divide that loss by the number of experts"),
 }
 
 
@@ -100,6 +106,12 @@ def check_together(hparams: Mapping[str, Any]) -> None:
     """
     num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
     tail_top_k = hparams.get("ltdr_tail_top_k")
+    max_experts = hparams.get("dynamic_max_experts")
+    if num_experts is not None and max_experts is not None and max_experts < num_experts:
+        raise UsageError(
+            f"hparam dynamic_max_experts={max_experts} is below moe_num_experts={num_experts}, the "
+            "size of the pool at the start; raise it, or start with fewer experts"
+        )
     if num_experts is not None and top_k is not None and top_k > num_experts:
         raise UsageError(
             f"hparam moe_top_k={top_k} exceeds moe_num_experts={num_experts}; "

@@ -6,16 +6,17 @@ in `hparam_values.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from domainbed_ext.hparam_draws import HParam, fixed, one_of
 
 
-def moe(algorithm: str) -> list[HParam]:
+def moe(algorithm: str, *, without: Collection[str] = ()) -> list[HParam]:
+    """Those of every mixture of experts, less the ones that a router has no use for."""
     # GMoE as published: one expert a token and a capacity limit. The others compare routing alone,
     # without drops.
     published = algorithm == "GMOE"
-    return [
+    hparams = [
         HParam("moe_num_experts", 6, one_of(4, 6, 8)),
         HParam("moe_top_k", 1 if published else 2, one_of(1, 2)),
         fixed("moe_layers", "gmoe"),
@@ -27,6 +28,7 @@ def moe(algorithm: str) -> list[HParam]:
         fixed("moe_balance_weight", 0.01),
         fixed("moe_dispatcher", "local"),
     ]
+    return [hparam for hparam in hparams if hparam.name not in without]
 
 
 def tail() -> list[HParam]:
@@ -58,6 +60,26 @@ def changed(hparams: list[HParam], *changes: HParam) -> list[HParam]:
     return [by_name.get(hparam.name, hparam) for hparam in hparams]
 
 
+def dynamic() -> list[HParam]:
+    """DynMoE: no top-k, no noise, no drops; the common number of experts is that of the start."""
+    unused = ("moe_top_k", "moe_gate", "moe_noise_std", "moe_capacity_factor")
+    return [
+        *moe("DYNAMIC", without=unused),
+        HParam("dynamic_max_experts", 8, one_of(8, 12)),
+        fixed("dynamic_cycle", 1),
+        fixed("dynamic_loss", "diversity"),
+    ]
+
+
+def stgc() -> list[HParam]:
+    return [
+        *moe("STGC"),
+        HParam("stgc_weight", 1.0, one_of(0.25, 0.5, 1.0, 2.0)),
+        fixed("stgc_threshold", 0.0),
+        fixed("stgc_divide_by_experts", True),
+    ]
+
+
 # In the order of table rows.
 ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
@@ -65,4 +87,6 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE_EEA": lambda: [*moe("GMOE_EEA"), *tail()],
     "LTDR": lambda: [*moe("LTDR"), *tail()],
     "INSTRUCT": instruct,
+    "DYNAMIC": dynamic,
+    "STGC": stgc,
 }

@@ -239,6 +239,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "balanced_modalities": _VISION_TOO,
         "router_options": {"balance_weights": {"vision": 0.001, "language": 0.01}},
     },
+    # comparison routers
+    "dynamic": {
+        "router": "dynamic",
+        "num_experts": 8,
+        "top_k": 1,
+        "tail_rule": _NO_TAIL,
+        "noise_std": 0.0,
+        "balance": "none",
+        "router_options": {"initial_experts": 6},
+    },
 }
 
 PRESETS = tuple(_PRESETS)

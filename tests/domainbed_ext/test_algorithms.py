@@ -15,13 +15,15 @@ from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import CORE_ALGORITHMS, default_hparams
 from domainbed_ext.optimization import learning_rate_factor
-from gmoe_ltdr import collect_routing, moe_layers, preset
+from gmoe_ltdr import balance_loss, collect_routing, moe_layers, preset
 from gmoe_ltdr.tail import TailRule
 
 VIT = [name for name in ALGORITHMS if name != "ERM"]
 COMPARISON = [name for name in VIT if name not in CORE_ALGORITHMS]
 SHAPE = (3, 28, 28)
 EIGHTH = torch.tensor(0.125)
+# losses of their own that do not vanish with the task's
+LIGHT = {"STGC": {"stgc_weight": 0.1}}
 
 
 def create(name: str, **changes):
@@ -49,7 +51,7 @@ def one_step(algorithm):
 def test_names():
     assert ALGORITHMS == [*CORE_ALGORITHMS, *COMPARISON]
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
-    assert COMPARISON == ["INSTRUCT"]
+    assert COMPARISON == ["INSTRUCT", "DYNAMIC", "STGC"]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")
 
@@ -75,7 +77,7 @@ def test_contract(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_batch_can_be_learnt(name):
-    algorithm = create(name, lr=1e-3)
+    algorithm = create(name, lr=1e-3, **LIGHT.get(name, {}))
     data = minibatches()
     losses = [algorithm.update(data)["loss"] for _ in range(25)]
     assert losses[-1] < 0.3 < losses[0]
@@ -161,6 +163,29 @@ def test_loss_is_task_plus_balance():
     assert numbers["loss"] == pytest.approx(task + numbers["balance_loss"], abs=1e-6)
     assert 2 < numbers["experts_per_token"] < 6
     assert create("LTDR").update(minibatches())["balance_loss"] == 0
+
+
+def test_stgc_is_gmoe_and_a_loss_for_conflicting_tokens():
+    quiet = {"moe_noise_std": 0.0, "moe_expert_dropout": 0.0, "drop_path": 0.0}
+    algorithm = create("STGC", **quiet)
+    numbers = algorithm.update(minibatches())
+    x, y = (torch.cat(parts) for parts in zip(*minibatches(), strict=True))
+    twin = create("STGC", **quiet)
+    with collect_routing(twin.network) as routings:
+        task = F.cross_entropy(twin.network(x), y)
+    gmoe = preset("gmoe_dropless", top_k=2, noise_std=0.0)
+    expected = task + balance_loss(routings, gmoe)
+    assert 0 < numbers["conflict_share"] < 1
+    assert numbers["conflict_loss"] > 0
+    assert numbers["loss"] == pytest.approx(expected.item() + numbers["conflict_loss"], abs=1e-6)
+    # without weight the step is the same as without that loss, however it computes
+    plain = create("STGC", **quiet, stgc_weight=0.0)
+    plain.update(minibatches())
+    expected.backward()
+    for (name, ours), theirs in zip(
+        plain.network.named_parameters(), twin.network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_hparams_reach_the_spec():

@@ -122,6 +122,8 @@ ELABORATE = {"schedule": "one_cycle", "ema_decay": 0.9, "optimizer": "adamw", "d
         ("GMOE_EEA", {"ltdr_tail_scope": "ema"}),
         ("LTDR", {"augmentation": "domainbed"}),
         ("INSTRUCT", {"moe_noise_std": 1.0}),
+        ("DYNAMIC", {"ema_decay": 0.9, "dynamic_cycle": 4}),
+        ("STGC", {}),
     ],
 )
 def test_a_stopped_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path, algorithm, hparams):

@@ -1,0 +1,71 @@
+"""Comparison routers with state or losses of their own, on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from domainbed_ext.distributed import OtherRankError, current_ranks
+from domainbed_ext.errors import UsageError
+from domainbed_ext.jobs import TrainArgs
+from domainbed_ext.records import read_records
+from domainbed_ext.runs import prepare_run
+from domainbed_ext.scripts.train import check_args, train
+from tests.distributed import run_ranks
+
+# Nothing drawn at random, so that one process computes the same. Seven images are not shared
+# evenly.
+QUIET = {"moe_expert_dropout": 0.0, "drop_path": 0.0, "batch_size": 7, "ema_decay": 0.9}
+ROUTERS = {
+    "DYNAMIC": {},
+    # each rank compares and balances its own tokens, so these losses are others
+    "STGC": {"moe_noise_std": 0.0, "stgc_weight": 0.0, "moe_balance_weight": 0.0},
+}
+
+
+def arguments(folder: Path, algorithm: str, **hparams) -> TrainArgs:
+    return TrainArgs(
+        algorithm=algorithm,
+        dataset="Debug28",
+        output_dir=str(folder),
+        hparams={**QUIET, **ROUTERS.get(algorithm, {}), **hparams},
+        steps=5,
+        checkpoint_freq=2,
+        device="cpu",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ROUTERS)
+def test_two_ranks_equal_one_process(tmp_path, algorithm):
+    expected = train(arguments(tmp_path / "one", algorithm))
+    run_ranks(train, 2, arguments(tmp_path / "two", algorithm))
+    records = read_records(tmp_path / "two" / "results.jsonl")
+    assert len(records) == len(expected) == 3
+    for ours, theirs in zip(records, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if isinstance(value, float) and name not in ("step_time", "conflict_share"):
+                slack = 5e-3 if name == "experts_per_token" else 5e-5
+                assert ours[name] == pytest.approx(value, abs=slack), name
+
+
+def check_expert_parallelism_is_refused(algorithm: str) -> None:
+    args = arguments(Path("unused"), algorithm, moe_dispatcher="all_to_all")
+    error = UsageError if current_ranks().is_first else OtherRankError
+    with pytest.raises(error, match=f"moe_dispatcher='all_to_all': {algorithm} "):
+        prepare_run(args, check_args(args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["STGC"])
+def test_expert_parallelism_is_refused(algorithm):
+    run_ranks(check_expert_parallelism_is_refused, 2, algorithm)
+
+
+@pytest.mark.slow
+def test_conflicts_are_parted_on_two_ranks(tmp_path):
+    run_ranks(train, 2, arguments(tmp_path, "STGC", stgc_weight=1.0))
+    records = read_records(tmp_path / "results.jsonl")
+    assert all(record["conflict_loss"] > 0 for record in records)
