@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,22 +136,40 @@ def _inspect(args: argparse.Namespace) -> None:
     model = load_sparse_model(args.model, name=args.name, device=device)
     folder = Path(args.output_dir or Path(args.model) / "inspect")
     make_folder(folder)
-    inspection = inspect_model(
-        model,
-        _run_args(args, model.info),
-        folder=str(args.model),
-        split=args.split,
-        device=device,
-        batch_size=args.batch_size,
-        max_images=args.max_images,
-        by_class=args.by_class,
-        masks=args.masks,
-    )
+    with _domain_progress() as progress:
+        inspection = inspect_model(
+            model,
+            _run_args(args, model.info),
+            folder=str(args.model),
+            split=args.split,
+            device=device,
+            batch_size=args.batch_size,
+            max_images=args.max_images,
+            by_class=args.by_class,
+            masks=args.masks,
+            progress=progress,
+        )
     show(inspection)
     written = [inspection.write(folder)]
     if args.format != "none":
         written += draw(inspection, folder, others=others, suffix=args.format)
     print(f"written to {folder}: {', '.join(path.name for path in written)}")
+
+
+@contextlib.contextmanager
+def _domain_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for the domain under way; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+
+        def report(domain: str, done: int, total: int) -> None:
+            bars.update(task, description=domain, completed=done, total=total)
+
+        yield report
 
 
 def _run_args(args: argparse.Namespace, info: dict[str, Any] | None) -> TrainArgs:
