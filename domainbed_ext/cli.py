@@ -15,6 +15,7 @@ COMMANDS = {
     "collect": ("domainbed_ext.scripts.collect_results", "make tables of a sweep's results"),
     "top": ("domainbed_ext.scripts.list_top_hparams", "list a sweep's best hyper-parameters"),
     "plot": ("domainbed_ext.scripts.plot", "draw learning curves of runs and sweeps"),
+    "inspect": ("domainbed_ext.scripts.inspect_routing", "see what a model's routers do"),
     "download": ("domainbed_ext.scripts.download", "fetch data sets and check them"),
     "data": ("domainbed_ext.scripts.data_check", "check images: unreadable, counts, duplicates"),
     "doctor": ("domainbed_ext.doctor", "say what this machine has, and how to get the rest"),

@@ -1,8 +1,8 @@
 """The records of a sweep: one JSON object per checkpoint in `<sweep>/<job>/results.jsonl`.
 
 The keys are DomainBed's (args, hparams, step, epoch, env{i}_in_acc, env{i}_out_acc, losses, ...),
-plus one of ours, "provenance", which says what the numbers rest on. Either side reads what the
-other wrote.
+plus two of ours: "provenance", which says what the numbers rest on, and "router", which says what
+the routers of sparse algorithms did. Either side reads what the other wrote.
 """
 
 from __future__ import annotations

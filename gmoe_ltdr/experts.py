@@ -14,7 +14,7 @@ width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,53 @@ class GatedActivation(nn.Module):
     def forward(self, both: Tensor) -> Tensor:
         gate, up = both.chunk(2, dim=-1)
         return self.act(gate) * up
+
+
+def width_of_pieces(hidden_dim: int, num_pieces: int) -> int:
+    """Hidden width of each of so many equal pieces of a network.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if hidden_dim % num_pieces:
+        raise ValueError(
+            f"expert_split={num_pieces} does not divide the hidden width {hidden_dim}; choose a "
+            "divisor of it"
+        )
+    return hidden_dim // num_pieces
+
+
+@torch.no_grad()
+def split_ffn(
+    first: Sequence[nn.Linear], second: nn.Linear, num_pieces: int
+) -> list[dict[str, Tensor]]:
+    """Networks that sum to one feed-forward network, each with a part of its hidden units.
+
+    Each gets the last layer's bias divided by their number: copied, it would count several times.
+
+    Args:
+        first: The layers that read the input: fc1; of a gated network, gate and up.
+        second: The layer that writes the output.
+        num_pieces: 1 gives the network itself.
+
+    Returns:
+        For each piece, the parameters of an expert by their names in `StackedExperts`; biases only
+        where the network has them.
+    """
+    width = width_of_pieces(second.in_features, num_pieces)
+    pieces = []
+    for start in range(0, second.in_features, width):
+        units = slice(start, start + width)
+        piece = {
+            "fc1_weight": torch.cat([layer.weight[units] for layer in first]),
+            "fc2_weight": second.weight[:, units],
+        }
+        if first[0].bias is not None:
+            piece["fc1_bias"] = torch.cat([layer.bias[units] for layer in first])
+        if second.bias is not None:
+            piece["fc2_bias"] = second.bias / num_pieces
+        pieces.append(piece)
+    return pieces
 
 
 class StackedExperts(nn.Module):
@@ -95,26 +142,43 @@ class StackedExperts(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
 
     @torch.no_grad()
-    def copy_from_dense_(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
-        """Make every expert a copy of one dense feed-forward network (upcycling)."""
-        for stacked, dense in (
-            (self.fc1_weight, fc1.weight),
-            (self.fc1_bias, fc1.bias),
-            (self.fc2_weight, fc2.weight),
-            (self.fc2_bias, fc2.bias),
-        ):
-            if stacked is not None:
-                stacked.copy_(dense.expand_as(stacked))
+    def copy_from_dense_(
+        self, fc1: nn.Linear, fc2: nn.Linear, *, num_pieces: int = 1, first_expert: int = 0
+    ) -> None:
+        """Make every expert a copy of one dense feed-forward network (upcycling), or of a piece.
+
+        Args:
+            fc1, fc2: The network's two layers.
+            num_pieces: Expert e gets piece e mod num_pieces, see `split_ffn`.
+            first_expert: Number of the first expert here, where a rank holds a part of them.
+        """
+        self._copy_pieces_(split_ffn([fc1], fc2, num_pieces), first_expert)
 
     @torch.no_grad()
-    def copy_from_gated_(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+    def copy_from_gated_(
+        self,
+        gate: nn.Linear,
+        up: nn.Linear,
+        down: nn.Linear,
+        *,
+        num_pieces: int = 1,
+        first_expert: int = 0,
+    ) -> None:
         """The same for a gated network, whose output is down(act(gate(x)) * up(x))."""
-        self.fc1_weight.copy_(torch.cat([gate.weight, up.weight]).expand_as(self.fc1_weight))
-        if self.fc1_bias is not None:
-            self.fc1_bias.copy_(torch.cat([gate.bias, up.bias]).expand_as(self.fc1_bias))
-        self.fc2_weight.copy_(down.weight.expand_as(self.fc2_weight))
+        self._copy_pieces_(split_ffn([gate, up], down, num_pieces), first_expert)
+
+    @torch.no_grad()
+    def scale_output_(self, scale: float) -> None:
+        """Multiply what every expert puts out."""
+        self.fc2_weight.mul_(scale)
         if self.fc2_bias is not None:
-            self.fc2_bias.copy_(down.bias.expand_as(self.fc2_bias))
+            self.fc2_bias.mul_(scale)
+
+    def _copy_pieces_(self, pieces: Sequence[Mapping[str, Tensor]], first_expert: int) -> None:
+        for expert in range(self.num_experts):
+            piece = pieces[(first_expert + expert) % len(pieces)]
+            for name, parameter in self.named_parameters():
+                parameter[expert].copy_(piece[name])
 
     def forward(self, tokens_ND: Tensor, tokens_per_expert_e: Tensor | Sequence[int]) -> Tensor:
         """Each expert computes its own rows.

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.dispatch import create_dispatcher
 from gmoe_ltdr.dispatch.placement import experts_of_rank
-from gmoe_ltdr.experts import StackedExperts
+from gmoe_ltdr.experts import StackedExperts, width_of_pieces
 from gmoe_ltdr.routers import create_router
 from gmoe_ltdr.routing import Modality, TokenContext
 from gmoe_ltdr.spec import MoESpec
@@ -50,7 +50,7 @@ class MoE(nn.Module):
 
     Args:
         dim: Width of the tokens.
-        hidden_dim: Hidden width of each expert.
+        hidden_dim: Hidden width of the dense network, of which `spec.expert_split` makes experts.
         spec: How many experts, which router, and so on.
         act_layer: Activation of the experts.
         bias: Whether the two linear layers of an expert have biases.
@@ -85,7 +85,8 @@ class MoE(nn.Module):
             "gated": gated,
         }
         # all of them first, so that a seed gives the same experts on any number of ranks
-        self.experts = StackedExperts(spec.num_experts, dim, hidden_dim, **options)
+        expert_dim = width_of_pieces(hidden_dim, spec.expert_split)
+        self.experts = StackedExperts(spec.num_experts, dim, expert_dim, **options)
         if self.ep_group is not None:
             held = self.held_experts
             for name, parameter in list(self.experts.named_parameters()):

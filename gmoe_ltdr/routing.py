@@ -25,7 +25,7 @@ class Modality(IntEnum):
 
 # Logit of an expert that a token cannot choose. Its probability is exactly 0, while sums and
 # gradients stay finite, which they would not with an infinite one.
-CLOSED = -1e30
+CLOSED = -1e4
 
 
 @dataclass(frozen=True)

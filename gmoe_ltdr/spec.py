@@ -55,7 +55,12 @@ class MoESpec:
         balanced_modalities: Whose tokens it looks at. LTDR balances language only, so a plain ViT
             has nothing to balance.
         balance_weight: Weight of the balance loss, summed over layers.
-        shared_experts: Experts that every token uses with weight 1, without a router.
+        expert_split: Into how many pieces the dense network is split: each expert has a hidden
+            width of 1 / expert_split of it (fine-grained experts, DeepSeekMoE). Upcycled, the
+            pieces of one network sum to it.
+        shared_experts: Experts of full width that every token uses with weight 1, without a router.
+        init_scale_shared: What an upcycled shared expert's output is multiplied by. At 1 it is the
+            dense network's, and the routed experts' comes on top.
         dispatcher: How tokens reach their experts; see `gmoe_ltdr.dispatch.create_dispatcher`.
         router_options: Further options of the router and its losses, by name.
 
@@ -77,7 +82,9 @@ class MoESpec:
     balance: Literal["none", "switch", "importance_load", "importance_load_tutel"] = "switch"
     balanced_modalities: frozenset[Modality] = frozenset({Modality.LANGUAGE})
     balance_weight: float = 0.01
+    expert_split: int = 1
     shared_experts: int = 0
+    init_scale_shared: float = 1.0
     dispatcher: Literal["local", "all_to_all", "tutel", "auto"] = "local"
     router_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -116,7 +123,17 @@ class MoESpec:
             )
         if not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout={self.expert_dropout} must lie in [0, 1)")
-        for name in ("noise_std", "balance_weight", "shared_experts"):
+        if self.expert_split < 1 or self.num_experts % self.expert_split:
+            raise ValueError(
+                f"expert_split={self.expert_split} does not divide num_experts={self.num_experts}: "
+                "the pieces would make no whole networks"
+            )
+        if self.init_scale_shared != 1 and not self.shared_experts:
+            raise ValueError(
+                f"init_scale_shared={self.init_scale_shared} scales shared experts, but "
+                "shared_experts=0"
+            )
+        for name in ("noise_std", "balance_weight", "shared_experts", "init_scale_shared"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if Modality.PADDING in self.balanced_modalities:
@@ -199,6 +216,16 @@ class MoESpec:
 _VISION_TOO = frozenset({Modality.LANGUAGE, Modality.VISION})
 _NO_TAIL = TailRule(kind="none")
 
+# Table 6: one shared expert and routed ones, of which so many are active that a token uses two
+# networks' width in all. Raw weights and a balance loss over all choices, as in DeepSeekMoE.
+_DEEPSEEK: dict[str, Any] = {
+    "tail_rule": _NO_TAIL,
+    "weighting": "raw",
+    "balanced_modalities": _VISION_TOO,
+    "shared_experts": 1,
+    "router_options": {"balance_count": "all"},
+}
+
 # Every preset as what it changes in the defaults. Sources: routing of GMoE's released code; LTDR
 # (arXiv 2507.01351) v1 and v2 read literally; ablations of its table 3 and of v2's additions.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -249,6 +276,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "balance": "none",
         "router_options": {"initial_experts": 6},
     },
+    # table 6, named as there: number x width of the shared and of the routed experts
+    "deepseek_1x1.0+3x1.0": {**_DEEPSEEK, "num_experts": 3, "top_k": 1},
+    "deepseek_1x1.0+12x0.25": {**_DEEPSEEK, "num_experts": 12, "top_k": 4, "expert_split": 4},
+    "deepseek_1x1.0+16x0.25": {**_DEEPSEEK, "num_experts": 16, "top_k": 4, "expert_split": 4},
 }
 
 PRESETS = tuple(_PRESETS)
@@ -259,7 +290,8 @@ def preset(name: str, **overrides: Any) -> MoESpec:
 
     Args:
         name: One of `PRESETS`: "ltdr", "gmoe", "gmoe_dropless", "ltdr_v1_literal",
-            "ltdr_v2_literal", "gmoe_dar", "gmoe_eea", and the ablations with text.
+            "ltdr_v2_literal", "gmoe_dar", "gmoe_eea", the ablations with text, and the settings of
+            comparison routers.
 
     Raises:
         ValueError: No such preset.

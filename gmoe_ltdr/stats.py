@@ -144,6 +144,18 @@ class RoutingStats:
         }
         return TokenStats.from_sums(parts)
 
+    def by_group(self) -> dict[str, RoutingStats]:
+        """The groups that any image was of, each by itself."""
+        parts = {}
+        for index, group in enumerate(self.groups):
+            part = RoutingStats((group,), detailed=self.detailed)
+            part.num_forwards = self.num_forwards
+            part._num_experts = dict(self._num_experts)
+            part._sums = {name: sums[[index]] for name, sums in self._sums.items()}
+            if part.layers and part.of(part.layers[0]).num_tokens:
+                parts[group] = part
+        return parts
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the sums."""
         return {

@@ -145,6 +145,9 @@ class TokenStats:
         if self.foreground_share:
             values["foreground_share"] = self.foreground_share
             values["tail_foreground_share"] = self.tail_foreground_share
+        if self.head_bins_H is not None and self.tail_bins_H is not None:
+            values["head_bins"] = self.head_bins_H.astype(int)
+            values["tail_bins"] = self.tail_bins_H.astype(int)
         return {name: rounded(value) for name, value in values.items()}
 
     def _entropy(self, shares_E: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.collect import moe_layers
 from gmoe_ltdr.dispatch import create_dispatcher
+from gmoe_ltdr.experts import width_of_pieces
 from gmoe_ltdr.moe import MoE, VisionContext
 from gmoe_ltdr.routing import TokenContext
 from gmoe_ltdr.spec import MoESpec
@@ -55,7 +56,8 @@ class AttentionContext(VisionContext):
 
 
 def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None = None) -> nn.Module:
-    """Replace the MLPs of `spec.layers` by MoE layers, each expert a copy of the MLP it replaces.
+    """Replace the MLPs of `spec.layers` by MoE layers, each expert a copy of the MLP it replaces,
+    or a piece of it.
 
     Args:
         model: A timm VisionTransformer, or any module with `blocks` whose items have an `mlp`.
@@ -68,8 +70,8 @@ def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None =
 
     Raises:
         TypeError: The model has no `blocks`, or a block's MLP is not timm's plain `Mlp`.
-        ValueError: The model is sparse already, a layer index does not exist, or the experts
-            cannot be shared by the group's ranks.
+        ValueError: The model is sparse already, a layer index does not exist, an MLP cannot be
+            split as the spec says, or the experts cannot be shared by the group's ranks.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None or not len(blocks) or not all(hasattr(b, "mlp") for b in blocks):
@@ -82,6 +84,7 @@ def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None =
     indices = spec.block_indices(len(blocks))
     for index in indices:
         _check_mlp(blocks[index].mlp, name=f"blocks.{index}.mlp")
+        width_of_pieces(blocks[index].mlp.fc1.out_features, spec.expert_split)
     if spec.tail_rule.kind == "attention":
         for index in indices:
             _check_attention(model, blocks[index], name=f"blocks.{index}.attn")
@@ -114,10 +117,16 @@ def _sparse_copy(
         ep_group=ep_group,
     )
     moe.experts.act = mlp.act  # with its own settings, e.g. the tanh approximation of GELU
-    moe.experts.copy_from_dense_(mlp.fc1, mlp.fc2)
+    moe.experts.copy_from_dense_(
+        mlp.fc1,
+        mlp.fc2,
+        num_pieces=spec.expert_split,
+        first_expert=moe.held_experts.start,
+    )
     if moe.shared_experts is not None:
         moe.shared_experts.act = mlp.act
         moe.shared_experts.copy_from_dense_(mlp.fc1, mlp.fc2)
+        moe.shared_experts.scale_output_(spec.init_scale_shared)
         moe.shared_experts.to(mlp.fc1.weight.dtype)
     moe.experts.to(mlp.fc1.weight.dtype)
     moe.to(mlp.fc1.weight.device)

@@ -60,6 +60,10 @@ def test_ablations_differ_from_ltdr_in_one_module():
         ({"noise_std": -1.0}, "noise_std"),
         ({"balanced_modalities": frozenset({Modality.PADDING})}, "PADDING"),
         ({"router_options": {"balance_scale": "big"}}, "balance_scale"),
+        ({"expert_split": 4}, "expert_split=4 does not divide num_experts=6"),
+        ({"expert_split": 0}, "expert_split=0"),
+        ({"init_scale_shared": 0.5}, "but shared_experts=0"),
+        ({"init_scale_shared": -1.0, "shared_experts": 1}, "init_scale_shared=-1.0"),
     ],
 )
 def test_impossible_specs(wrong, message):
