@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ from domainbed_ext.records import (
 from domainbed_ext.runs import Run, reproducible_kernels
 from domainbed_ext.saved_models import save_algorithm
 from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
+from domainbed_ext.tracking import tracked
 
 _logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
             run.algorithm.prepare(_plain_train_images(run))
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with stops_deferred():
-            _train(run, start, since_record, records, progress)
+        with stops_deferred(), tracked(run, records) as track:
+            _train(run, start, since_record, records, track, progress)
     if progress is not None:
         progress(RunState(run.num_steps, run.num_steps, phase="saving"))
     if not run.args.skip_model_save:
@@ -151,6 +152,7 @@ def _train(
     start: int,
     since_record: SinceRecord,
     records: list[Record],
+    track: Callable[[Record], None],
     progress: ReportProgress | None,
 ) -> None:
     """Takes the steps that are left, adding to the records."""
@@ -218,6 +220,7 @@ def _train(
         save(step)
         if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
             save_algorithm(run.folder, run.algorithm, run.info, name=f"model_step{step}")
+        track(record)
 
     if since_record and _has_record(run, start - 1):
         record_at(start - 1)
