@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.learning_curves import SPLITS
+from domainbed_ext.selection import SPLITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

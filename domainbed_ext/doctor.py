@@ -30,6 +30,7 @@ TUTEL_STEPS = (
 EXTRAS = {
     "emoji": {"resvg_py": "resvg-py"},
     "plots": {"matplotlib": "matplotlib"},
+    "tracking": {"wandb": "wandb"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }
@@ -60,7 +61,8 @@ def examine(data_dir: str = DEFAULT_DATA_DIR) -> list[Finding]:
     findings = [Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}")]
     findings.append(Finding("gmoe-ltdr", "ok", code_version()))
     findings += _torch()
-    for name in ("torchvision", "timm", "numpy", "pandas", "scikit-learn", "safetensors"):
+    numeric = ("numpy", "pandas", "scikit-learn")
+    for name in ("torchvision", "timm", *numeric, "safetensors", "tensorboard"):
         findings.append(_distribution(name))
     findings.append(_tutel())
     findings.append(_domainbed())

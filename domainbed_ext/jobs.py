@@ -49,6 +49,7 @@ TASKS = ("domain_generalization", "domain_adaptation")
 _NOT_RECORDED = (
     *("device", "num_workers", "distributed", "checkpoint_minutes"),
     *("image_cache", "image_cache_dir", "image_cache_gb"),
+    *("no_tensorboard", "wandb"),
 )
 # Neither where a run is stored nor what else it saves makes it another run.
 _NOT_IDENTITY = (
@@ -104,6 +105,8 @@ class TrainArgs:
     image_cache: str = "exact"
     image_cache_dir: str | None = None
     image_cache_gb: float = 16.0
+    no_tensorboard: bool = False
+    wandb: str | None = None
     checkpoint_minutes: float = 10.0
 
     def __post_init__(self) -> None:

@@ -7,21 +7,18 @@
     curves.query("metric == 'test'").pivot_table("value", "step", "algorithm")
 
 One value a row: `dataset`, `test_envs` (a tuple), `algorithm`, `hparams_seed`, `trial_seed`,
-`metric`, `step`, `value`. The metrics are "in", "out" and "test" (see `split_accs`), and every
-number of a record under its own key. Accuracies are in percent. `curve_figure.py` draws them.
+`metric`, `step`, `value`. The metrics are "in", "out" and "test" (see `selection.split_accs`), and
+every number of a record under its own key. Accuracies are in percent. `curve_figure.py` draws them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from domainbed_ext.records import Record
-from domainbed_ext.selection import test_acc_key
+from domainbed_ext.selection import split_accs
 
 CURVE_COLUMNS = (
     "dataset",
@@ -33,29 +30,8 @@ CURVE_COLUMNS = (
     "step",
     "value",
 )
-SPLITS = ("in", "out", "test")
 
-_SPLIT_ACC = re.compile(r"env(\d+)_(in|out)_acc")
 _RUN = ["dataset", "test_envs", "algorithm", "trial_seed", "hparams_seed"]
-
-
-def split_accs(record: Mapping[str, Any]) -> dict[str, float]:
-    """Mean accuracies, in [0, 1], of one record.
-
-    Returns:
-        "in" and "out", over the training domains: images that were trained on, and the held-out
-        part, by which training-domain validation selects. "test", over the test domains: the
-        accuracy that tables report. What a record lacks is left out.
-    """
-    test_envs = record["args"]["test_envs"]
-    accs: dict[str, list[float]] = {split: [] for split in SPLITS}
-    for match in filter(None, map(_SPLIT_ACC.fullmatch, record)):
-        if int(match[1]) not in test_envs:
-            accs[match[2]].append(record[match[0]])
-    for env in test_envs:
-        key = test_acc_key(record, env)
-        accs["test"] += [record[key]] if key in record else []
-    return {split: float(np.mean(values)) for split, values in accs.items() if values}
 
 
 def curves_frame(records: Sequence[Record]) -> pd.DataFrame:

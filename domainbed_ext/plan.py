@@ -31,6 +31,8 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         "image_cache": args.image_cache,
         "image_cache_dir": args.image_cache_dir,
         "image_cache_gb": args.image_cache_gb,
+        "no_tensorboard": args.no_tensorboard,
+        "wandb": args.wandb,
     }
     for trial_seed in range(args.n_trials):
         for dataset in dict.fromkeys(args.datasets):

@@ -25,7 +25,10 @@ import numpy as np
 from domainbed_ext.errors import UsageError
 from domainbed_ext.records import Record, of_deployed_weights, weights_of
 
+SPLITS = ("in", "out", "test")
+
 _OUT_ACC = re.compile(r"env(\d+)_out_acc")
+_SPLIT_ACC = re.compile(r"env(\d+)_(in|out)_acc")
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,25 @@ def test_acc_key(record: Mapping[str, Any], test_env: int) -> str:
 def _comparable_step(record: Mapping[str, Any]) -> int:
     """SWAD ends each run where that run's window ends, which is one point to compare."""
     return -1 if weights_of(record) == "swad" else record["step"]
+
+
+def split_accs(record: Mapping[str, Any]) -> dict[str, float]:
+    """Mean accuracies, in [0, 1], of one record.
+
+    Returns:
+        "in" and "out", over the training domains: images that were trained on, and the held-out
+        part, by which training-domain validation selects. "test", over the test domains: the
+        accuracy that tables report. What a record lacks is left out.
+    """
+    test_envs = record["args"]["test_envs"]
+    accs: dict[str, list[float]] = {split: [] for split in SPLITS}
+    for match in filter(None, map(_SPLIT_ACC.fullmatch, record)):
+        if int(match[1]) not in test_envs:
+            accs[match[2]].append(record[match[0]])
+    for env in test_envs:
+        key = test_acc_key(record, env)
+        accs["test"] += [record[key]] if key in record else []
+    return {split: float(np.mean(values)) for split, values in accs.items() if values}
 
 
 def _left_out_key(record: Mapping[str, Any], env: int) -> str:

@@ -61,6 +61,7 @@ from domainbed_ext.records import (
 from domainbed_ext.runs import Run, reproducible_kernels
 from domainbed_ext.saved_models import save_algorithm
 from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
+from domainbed_ext.tracking import tracked
 from domainbed_ext.weight_averaging import RAW, ValleyAverage, renew_batch_norm_
 
 _BATCH_NORM_STEPS = 500  # to measure the statistics of averaged weights, as SWAD does
@@ -68,6 +69,7 @@ _BATCH_NORM_STEPS = 500  # to measure the statistics of averaged weights, as SWA
 _logger = logging.getLogger(__name__)
 
 SinceRecord = dict[str, list[float]]  # what each step since the last record has measured
+Track = Callable[[Record], None]
 
 
 def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]:
@@ -83,9 +85,10 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
             run.algorithm.prepare(_plain_train_images(run))
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with stops_deferred():
-            _train(run, start, since_record, records, progress)
-        _finish_average(run, records, progress)
+        with tracked(run, records) as track:
+            with stops_deferred():
+                _train(run, start, since_record, records, track, progress)
+            _finish_average(run, records, track, progress)
     if progress is not None:
         progress(RunState(run.num_steps, run.num_steps, phase="saving"))
     if not run.args.skip_model_save:
@@ -157,6 +160,7 @@ def _train(
     start: int,
     since_record: SinceRecord,
     records: list[Record],
+    track: Track,
     progress: ReportProgress | None,
 ) -> None:
     """Takes the steps that are left, adding to the records."""
@@ -199,7 +203,7 @@ def _train(
             wait_for_ranks()
             raise
         shown_keys = _print_results(results, shown_keys)
-        _append_record(run, records, {**results, **run.algorithm.diagnostics()})
+        _append_record(run, records, track, {**results, **run.algorithm.diagnostics()})
         since_record.clear()
         save(step)
         if run.args.save_model_every_checkpoint and not run.args.skip_model_save:
@@ -276,7 +280,9 @@ def _evaluate(
     return results
 
 
-def _append_record(run: Run, records: list[Record], results: Mapping[str, Any]) -> None:
+def _append_record(
+    run: Run, records: list[Record], track: Track, results: Mapping[str, Any]
+) -> None:
     record = {
         **results,
         "hparams": run.hparams,
@@ -286,6 +292,7 @@ def _append_record(run: Run, records: list[Record], results: Mapping[str, Any]) 
     records.append(record)
     if run.ranks.is_first:
         append_record(run.folder / RECORDS_FILE, record)
+    track(record)
 
 
 def _is_over(run: Run) -> bool:
@@ -294,7 +301,9 @@ def _is_over(run: Run) -> bool:
     return isinstance(average, ValleyAverage) and average.valley.is_over
 
 
-def _finish_average(run: Run, records: list[Record], progress: ReportProgress | None) -> None:
+def _finish_average(
+    run: Run, records: list[Record], track: Track, progress: ReportProgress | None
+) -> None:
     """With SWAD: average the weights, and add the record of the average."""
     average, last = run.algorithm.average, records[-1]
     if not isinstance(average, ValleyAverage):
@@ -308,7 +317,7 @@ def _finish_average(run: Run, records: list[Record], progress: ReportProgress | 
     results: dict[str, Any] = {"step": last["step"], "epoch": last["epoch"], **steps}
     results.update(_evaluate(run, _evaluators(run)))
     _print_results(results, [])
-    _append_record(run, records, results)
+    _append_record(run, records, track, results)
 
 
 def _further_images(run: Run) -> Iterator[torch.Tensor]:

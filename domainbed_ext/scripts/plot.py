@@ -14,8 +14,9 @@ from domainbed_ext.curve_figure import FIGURE_ENDINGS, curve_figure, save_figure
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import order_algorithms
 from domainbed_ext.job_copies import drop_copies
-from domainbed_ext.learning_curves import SPLITS, chosen_draws, curves_frame
+from domainbed_ext.learning_curves import chosen_draws, curves_frame
 from domainbed_ext.records import Record, load_jobs
+from domainbed_ext.selection import SPLITS
 from domainbed_ext.table_names import dataset_names, environment_names
 
 DESCRIPTION = """\

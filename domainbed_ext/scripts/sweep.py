@@ -34,6 +34,7 @@ from domainbed_ext.scripts.train import (
 )
 from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stops_on_signals
 from domainbed_ext.torchrun import check_algorithms, distributed_command
+from domainbed_ext.tracking import add_tracker_flags
 
 # A diverged job would diverge again, step for step; the others are worth another try.
 LAUNCHABLE = (JobState.NOT_LAUNCHED, JobState.INCOMPLETE, JobState.FAILED)
@@ -163,6 +164,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="write checkpoints that often between evaluations too (default: 10)",
     )
     add_flags(parser)
+    add_tracker_flags(parser)
     for launcher in REGISTRY.values():
         launcher.add_flags(parser)
     return parser

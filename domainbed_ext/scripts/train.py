@@ -52,6 +52,7 @@ from domainbed_ext.jobs import (
 from domainbed_ext.progress_file import ProgressFile
 from domainbed_ext.seeds import seed_hash
 from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stop_requested, stops_on_signals
+from domainbed_ext.tracking import add_tracker_flags, check_tracker_flags
 
 if TYPE_CHECKING:
     from domainbed_ext.records import Record
@@ -178,6 +179,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "at evaluations only (default: 10)",
     )
     add_flags(parser)
+    add_tracker_flags(parser)
     parser.add_argument(
         "--distributed",
         action="store_true",
@@ -290,6 +292,7 @@ def check_args(args: TrainArgs) -> dict[str, Any]:
     """Refuses impossible arguments, before anything is written. Returns all hyper-parameters."""
     hparams = run_hparams(args)
     image_cache_options(args)
+    check_tracker_flags(args)
     get_dataset_class(args.dataset)
     names = environment_names(args.dataset)
     listing = ", ".join(f"{number} {name}" for number, name in enumerate(names))

@@ -87,6 +87,8 @@ def test_folder_names_are_domainbeds(algorithm, seed, name):
             image_cache="320",
             image_cache_dir="/local disk",
             image_cache_gb=2.5,
+            no_tensorboard=True,
+            wandb="a project",
             checkpoint_minutes=0.5,
             output_dir="some where",
         ),

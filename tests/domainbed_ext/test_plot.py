@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from sweep_records import make_record, write_sweep
 
-from domainbed_ext.learning_curves import CURVE_COLUMNS, chosen_draws, curves_frame, split_accs
+from domainbed_ext.learning_curves import CURVE_COLUMNS, chosen_draws, curves_frame
 from domainbed_ext.scripts import plot
+from domainbed_ext.selection import split_accs
 from domainbed_ext.table_names import UPSTREAM_ENVIRONMENTS
 
 pytest.importorskip("matplotlib", reason="drawing needs the extra [plots]")

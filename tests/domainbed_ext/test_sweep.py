@@ -297,7 +297,7 @@ def test_flags_are_frozen():
     ).split()
     ours = (
         "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
-        "image_cache_dir image_cache_gb checkpoint_minutes"
+        "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes"
     ).split()
     flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
     assert flags == {*upstream, *ours}

@@ -77,7 +77,10 @@ def test_records_have_domainbeds_keys_and_ours(tmp_path):
 def test_folder_of_a_finished_run(tmp_path, capsys):
     assert main(_flags(tmp_path)) == 0
     expected = "done err.txt model.json model.safetensors out.txt results.jsonl".split()
-    assert sorted(path.name for path in tmp_path.iterdir()) == expected
+    names = sorted(path.name for path in tmp_path.iterdir())
+    events = [name for name in names if name.startswith("events.out.tfevents.")]
+    assert len(events) == 1
+    assert [name for name in names if name not in events] == expected
     assert (tmp_path / "done").read_text() == "done"
     printed = (tmp_path / "out.txt").read_text()
     assert printed == capsys.readouterr().out
@@ -491,7 +494,7 @@ def test_flags_are_frozen():
     actions = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
     assert set(actions) == {
         *(*upstream, "device", "num_workers", "distributed", "checkpoint_minutes"),
-        *("image_cache", "image_cache_dir", "image_cache_gb"),
+        *("image_cache", "image_cache_dir", "image_cache_gb", "no_tensorboard", "wandb"),
     }
     # DomainBed's defaults, but for the data: it has no data folder, and RotatedMNIST is no file.
     assert {name: actions[name].default for name in upstream[2:]} == {
