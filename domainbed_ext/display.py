@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from domainbed_ext.jobs import ERR_FILE, OUT_FILE, make_folder
+from domainbed_ext.log_files import LogFile
 
 PLAIN_SECONDS = 10.0
 COLUMN_WIDTH = 12
@@ -60,7 +61,7 @@ def format_row(values: Sequence[Any], *, width: int = COLUMN_WIDTH) -> str:
 class Tee:
     """A text stream that writes to several."""
 
-    def __init__(self, *streams: TextIO) -> None:
+    def __init__(self, *streams: TextIO | LogFile) -> None:
         self._streams = streams
 
     def write(self, text: str) -> int:
@@ -85,10 +86,7 @@ def tee_output(folder: Path) -> Iterator[None]:
     """Repeats what is printed in the folder's out.txt and err.txt, behind what is there already."""
     make_folder(folder)
     stdout, stderr = sys.stdout, sys.stderr
-    with (
-        open(folder / OUT_FILE, "a", encoding="utf-8") as out,
-        open(folder / ERR_FILE, "a", encoding="utf-8") as err,
-    ):
+    with LogFile(folder / OUT_FILE) as out, LogFile(folder / ERR_FILE) as err:
         sys.stdout, sys.stderr = Tee(stdout, out), Tee(stderr, err)
         try:
             yield

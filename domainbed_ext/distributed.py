@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from domainbed_ext.display import Tee
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import ERR_FILE, make_folder
+from domainbed_ext.log_files import LogFile
 
 T = TypeVar("T")
 
@@ -125,7 +126,7 @@ def errors_only(folder: Path) -> Iterator[None]:
     stdout, stderr = sys.stdout, sys.stderr
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
-        open(folder / ERR_FILE, "a", encoding="utf-8") as err,
+        LogFile(folder / ERR_FILE) as err,
     ):
         sys.stdout, sys.stderr = nowhere, Tee(stderr, err)
         try:

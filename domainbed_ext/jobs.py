@@ -28,7 +28,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from domainbed_ext.atomic_files import remove_unfinished, write_atomically
+from domainbed_ext.atomic_files import remove_unfinished, write_atomically, writing
 from domainbed_ext.datasets import DEFAULT_DATA_DIR
 from domainbed_ext.errors import UsageError
 from domainbed_ext.seeds import job_hash
@@ -294,7 +294,9 @@ def job_lock(folder: Path) -> Iterator[None]:
         return
     # lockf, unlike flock, is not inherited by the loaders' worker processes, which may live a
     # little longer.
-    with open(path, "a") as file:
+    with writing(path):
+        file = open(path, "a")
+    with file:
         for attempt in range(4):
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

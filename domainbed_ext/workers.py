@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from domainbed_ext.atomic_files import CannotWriteError
 from domainbed_ext.display import RunState, SweepProgress
 from domainbed_ext.job_process import OUTCOMES
 from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, job_label, make_folder, mark_failed
+from domainbed_ext.log_files import LogFile
 from domainbed_ext.stop_signals import (
     EXIT_STOPPED,
     Stopped,
@@ -207,22 +209,20 @@ def _run_into_files(args: TrainArgs, reporter: Any) -> int:
     folder = Path(args.output_dir)
     try:
         make_folder(folder)
-    except ValueError as error:
+        out, err = LogFile(folder / OUT_FILE), LogFile(folder / ERR_FILE)
+    except (ValueError, CannotWriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     saved = os.dup(1), os.dup(2)
-    with open(folder / OUT_FILE, "ab") as out, open(folder / ERR_FILE, "ab") as err:
+    with out, err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         stdout, stderr = sys.stdout, sys.stderr
-        sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+        sys.stdout, sys.stderr = LogFile(1), LogFile(2)
         faulthandler.enable(sys.stderr)
         try:
             return run_job(args, progress=reporter)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             sys.stdout, sys.stderr = stdout, stderr
             for number, descriptor in zip((1, 2), saved, strict=True):
                 os.dup2(descriptor, number)

@@ -54,8 +54,11 @@ class Member:
         if isinstance(self._archive, zipfile.ZipFile):
             file = self._archive.open(self._entry)
         else:
-            # follows links, which lead to other members: that was checked
-            file = self._archive.extractfile(self._entry)
+            try:
+                # follows links, which lead to other members: that was checked
+                file = self._archive.extractfile(self._entry)
+            except (KeyError, RecursionError):
+                raise tarfile.TarError(f"{self.name} is a link to nothing") from None
         if file is None:
             raise tarfile.TarError(f"{self.name} is no file")
         with file:
@@ -82,7 +85,7 @@ def open_archive(path: Path) -> Iterator[Iterator[Member]]:
             with zipfile.ZipFile(path) as opened:
                 yield _zip_members(opened, path)
         elif tarfile.is_tarfile(path):
-            with tarfile.open(path, "r:*") as opened_tar:
+            with tarfile.open(path, "r:*", tarinfo=_Entry) as opened_tar:
                 yield _tar_members(opened_tar, path)
         else:
             raise UsageError(
@@ -107,6 +110,30 @@ def _zip_members(archive: zipfile.ZipFile, path: Path) -> Iterator[Member]:
         yield Member(name, entry.file_size, archive, entry)
 
 
+class _Entry(tarfile.TarInfo):
+    """A tar's entry. For the module an archive ends at whatever is no entry, so what was cut off or
+    overwritten would be missing in silence; here it ends at the mark that tells its end.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Entry:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"no further entry, and no end: {error}") from None
+
+
+def _check_to_the_end(archive: tarfile.TarFile) -> None:
+    """Reads what follows the last entry, as checksums of compressed archives are at their end."""
+    left = GROWTH_FREE
+    while left > 0 and (block := archive.fileobj.read(1 << 20)):
+        left -= len(block)
+    if left <= 0:
+        raise tarfile.ReadError("it does not end")
+
+
 def _tar_members(archive: tarfile.TarFile, path: Path) -> Iterator[Member]:
     guard = _Guard(path)
     for entry in archive:
@@ -120,6 +147,7 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> Iterator[Member]:
         elif not entry.isfile():
             raise UsageError(f"{path} holds a device or pipe, {entry.name!r}; it is not unpacked")
         yield Member(name, entry.size, archive, entry)
+    _check_to_the_end(archive)
 
 
 class _Guard:

@@ -285,7 +285,9 @@ def _launch(
 
 
 def _report(jobs: Sequence[Job], args: argparse.Namespace) -> int:
-    """What became of the jobs; failed ones with their folder and the last line of their err.txt."""
+    """What became of the jobs; those that went wrong with their folder and the last line of their
+    err.txt.
+    """
     states = [job.state for job in jobs]
     counts = ", ".join(
         f"{states.count(state)} {state.value.lower()}" for state in JobState if state in states
@@ -296,11 +298,16 @@ def _report(jobs: Sequence[Job], args: argparse.Namespace) -> int:
         for job, state in zip(jobs, states, strict=True)
         if state in (JobState.FAILED, JobState.DIVERGED)
     ]
-    for job in bad:
-        print(
-            f"failed: {job.output_dir} ({job_label(job.args)})\n    {job.last_error_line()}",
-            file=sys.stderr,
-        )
+    # all have ended, and on a full disk one cannot even say how
+    unfinished = [
+        job for job, state in zip(jobs, states, strict=True) if state is JobState.INCOMPLETE
+    ]
+    for word, those in (("failed", bad), ("not finished", unfinished)):
+        for job in those:
+            print(
+                f"{word}: {job.output_dir} ({job_label(job.args)})\n    {job.last_error_line()}",
+                file=sys.stderr,
+            )
     if JobState.DIVERGED in states:
         print(
             "Diverged jobs would diverge again, so launching leaves them alone; "
@@ -309,7 +316,7 @@ def _report(jobs: Sequence[Job], args: argparse.Namespace) -> int:
         )
     if JobState.DONE in states:
         print(f"Results: ltdr collect --input_dir {args.output_dir}")
-    return EXIT_FAILED if bad else EXIT_OK
+    return EXIT_FAILED if bad or unfinished else EXIT_OK
 
 
 def _delete_incomplete(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domainbed_ext.atomic_files import remove_unfinished
+from domainbed_ext.atomic_files import CannotWriteError, remove_unfinished
 from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
 from domainbed_ext.datasets.image_cache_flags import add_flags, image_cache_options
 from domainbed_ext.display import ReportProgress, RunState, run_progress, tee_output
@@ -261,7 +261,8 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
                 if progress_file is not None:
                     progress_file.stopped()
                 raise Stopped from error
-            message = f"{type(error).__name__}: {error}"
+            expected = isinstance(error, CannotWriteError)
+            message = str(error) if expected else f"{type(error).__name__}: {error}"
             if ranks.size > 1:
                 first = read_failure(folder)
                 if first is not None:  # this rank only lost its connection to the one that failed
@@ -364,6 +365,9 @@ def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except CannotWriteError as error:
+        print(f"error: {_disk_line(error)}", file=sys.stderr)
+        return EXIT_FAILED
     except Stopped as stop:
         if current_ranks().is_first:
             print(_stop_line(stop), file=sys.stderr)
@@ -372,6 +376,10 @@ def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _disk_line(error: CannotWriteError) -> str:
+    return f"{error}; when that is mended, the same command goes on from the last checkpoint"
 
 
 def _stop_line(stop: Stopped) -> str:
@@ -394,6 +402,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
                 return run_job(args, progress=progress)
     except Stopped:
         return EXIT_STOPPED
+    except CannotWriteError as error:  # before the run had begun
+        print(f"error: {_disk_line(error)}", file=sys.stderr)
+        return EXIT_FAILED
     except UsageError as error:
         if not args.distributed or asked_rank() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gzip
 import io
 import json
+import os
+import random
 import stat
 import tarfile
 import zipfile
@@ -114,8 +118,6 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz"])
 def test_truncated_archives_are_said_to_be(tmp_path, kind):
-    import os
-
     path = tmp_path / f"x.{kind}"
     files = {f"a/{i}.jpg": os.urandom(5000) for i in range(10)}
     if kind == "zip":
@@ -133,6 +135,74 @@ def test_a_tampered_zip_is_said_to_be(tmp_path):
     content[100] ^= 1
     path.write_bytes(content)
     with pytest.raises(UsageError, match="damaged"):
+        contents(path)
+
+
+def write_deflated_zip(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+WRITERS = {
+    "zip": write_zip,
+    "deflated zip": write_deflated_zip,
+    "tar": functools.partial(write_tar, mode="w"),
+    "tar.gz": functools.partial(write_tar, mode="w:gz"),
+    "tar.bz2": functools.partial(write_tar, mode="w:bz2"),
+    "tar.xz": functools.partial(write_tar, mode="w:xz"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_no_damage_is_silent(tmp_path, kind):
+    """Cut off anywhere, or bits flipped anywhere: refused in one line, or it makes no difference.
+
+    The exception are the contents of a tar that is not compressed: it has no checksum of them.
+    """
+    draw = random.Random(kind)
+    files = {f"domain/class{i}/{i}.jpg": draw.randbytes(2000) for i in range(6)}
+    good = WRITERS[kind](tmp_path / "good", files).read_bytes()
+    path = tmp_path / "damaged"
+    refusals = []
+    for number in range(60):
+        damaged = bytearray(good)
+        if number % 2:
+            del damaged[draw.randrange(len(good)) :]
+        else:
+            damaged[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = contents(path)
+        except UsageError as error:
+            refusals.append(str(error))
+        else:
+            assert found.keys() == files.keys()
+            assert found == files or (kind == "tar" and not number % 2)
+    assert len(refusals) >= 20
+    assert not any("\n" in refusal for refusal in refusals)
+
+
+def test_a_tar_without_an_end_is_cut_off(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a/1.jpg": b"1" * 512, "a/2.jpg": b"2" * 512}, "w")
+    os.truncate(path, 2 * 512)  # right after the first file
+    with pytest.raises(UsageError, match=r"damaged \(no further entry, and no end"):
+        contents(path)
+
+
+def test_a_tar_that_never_ends_is_not_read_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GROWTH_FREE", 1 << 20)
+    path = write_tar(tmp_path / "x.tar", {"a/1.jpg": b"1"}, "w")
+    path.write_bytes(gzip.compress(path.read_bytes() + bytes(5 << 20)))
+    with pytest.raises(UsageError, match="does not end"):
+        contents(path)
+
+
+@pytest.mark.parametrize("target", ["sym:absent.jpg", "hard:a/absent.jpg", "sym:link.jpg"])
+def test_links_to_nothing_are_said_to_be(tmp_path, target):
+    path = write_tar(tmp_path / "x.tar", {"a/b.jpg": b"one", "a/link.jpg": target})
+    with pytest.raises(UsageError, match=r"damaged \(a/link\.jpg is a link to nothing"):
         contents(path)
 
 

@@ -185,6 +185,22 @@ def test_a_job_that_cannot_run_fails_alone(tmp_path, capsys, in_process):
     assert captured.err.count("fewer than batch_size=64") == 3
 
 
+def test_a_job_that_could_not_say_why_it_ended_is_reported(tmp_path, capsys, monkeypatch):
+    class OnAFullDisk(launchers.Launcher):
+        def launch(self, commands):
+            folder = Path(parse_args(commands[0][3:]).output_dir)
+            folder.mkdir()
+            (folder / "err.txt").write_text("error: cannot write the checkpoint\n")
+
+    monkeypatch.setitem(launchers.REGISTRY, "local", OnAFullDisk)
+    flags = [*DEBUG, "--algorithms", "LTDR", "--test_envs", "0", "--output_dir", str(tmp_path)]
+    assert main(flags) == 1
+    captured = capsys.readouterr()
+    assert "1 jobs: 1 incomplete." in captured.out
+    assert "not finished: " in captured.err
+    assert "error: cannot write the checkpoint" in captured.err
+
+
 def test_status_runs_nothing(tmp_path, capsys, in_process):
     assert main(["status", *DEBUG, "--algorithms", "LTDR", "--output_dir", str(tmp_path)]) == 0
     assert "not launched" in capsys.readouterr().out
