@@ -74,9 +74,10 @@ def ema_update(decay: float) -> Callable:
         steps = int(num_averaged)
         weight = 1 - min(decay, (1 + steps) / (10 + steps))
         floating = [i for i, value in enumerate(averaged) if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [averaged[i] for i in floating], [current[i].detach() for i in floating], weight
-        )
+        if floating:  # it is called for the tensors of each type by themselves
+            torch._foreach_lerp_(
+                [averaged[i] for i in floating], [current[i].detach() for i in floating], weight
+            )
         for i, value in enumerate(averaged):
             if i not in floating:
                 value.copy_(current[i])

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from domainbed_ext.algorithms import ALGORITHMS, get_algorithm_class
 from domainbed_ext.algorithms.base import domains_of
 from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import CORE_ALGORITHMS, default_hparams
-from domainbed_ext.optimization import learning_rate_factor
+from domainbed_ext.optimization import ema_update, learning_rate_factor
 from gmoe_ltdr import collect_routing, moe_layers, preset
 from gmoe_ltdr.tail import TailRule
 
@@ -222,6 +223,24 @@ def test_averaged_weights_make_the_predictions():
     algorithm.average.module.eval()
     assert torch.equal(algorithm.predict(x), algorithm.average.module(x))
     assert not torch.equal(algorithm.predict(x), algorithm.network(x))
+
+
+def test_counts_are_copied_not_averaged():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("value", torch.tensor(0.0))
+            self.register_buffer("count", torch.tensor(0))
+
+    model = Counting()
+    average = AveragedModel(model, multi_avg_fn=ema_update(0.9), use_buffers=True)
+    for step in (1, 2):
+        model.value.fill_(step)
+        model.count.fill_(step)
+        average.update_parameters(model)
+    # the first is a copy, then 2 / 11 of it remain
+    assert average.module.value.item() == pytest.approx(2 / 11 * 1 + 9 / 11 * 2)
+    assert average.module.count.item() == 2
 
 
 def schedule(name: str, steps: int = 10, warmup: float = 0.0) -> list[float]:
