@@ -7,6 +7,7 @@ expert per token, or `raw` weights, the sparse layers' output is scaled by the g
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from gmoe_ltdr.collect import moe_layers
 from gmoe_ltdr.dispatch import create_dispatcher
-from gmoe_ltdr.experts import width_of_pieces
+from gmoe_ltdr.experts import StackedExperts, width_of_pieces
 from gmoe_ltdr.moe import MoE, VisionContext
 from gmoe_ltdr.routing import TokenContext
 from gmoe_ltdr.spec import MoESpec
@@ -97,6 +98,33 @@ def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None =
         prefix = _num_prefix_tokens(model)
         block.mlp = _sparse_copy(block, spec, num_prefix_tokens=prefix, ep_group=ep_group)
     return model
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """A dense copy of a sparse model: each sparse layer becomes its first expert.
+
+    As long as nothing was trained, all experts are copies of the MLP that they replaced, and this
+    is the model that was upcycled.
+    """
+    twin: Any = copy.deepcopy(model)
+    for name, layer in moe_layers(twin).items():
+        parent, _, slot = name.rpartition(".")
+        setattr(twin.get_submodule(parent), slot, _first_expert(layer.experts))
+    if hasattr(twin, "moe_config"):
+        del twin.moe_config
+    return twin
+
+
+def _first_expert(experts: StackedExperts) -> Mlp:
+    _, hidden_dim, dim = experts.fc1_weight.shape
+    bias: Any = (experts.fc1_bias is not None, experts.fc2_bias is not None)
+    with torch.device("meta"):  # draws no random numbers for weights that are replaced
+        mlp = Mlp(dim, hidden_dim, bias=bias)
+    mlp.act = experts.act
+    for name, stacked in experts.named_parameters():
+        linear, parameter = name.split("_")
+        setattr(getattr(mlp, linear), parameter, nn.Parameter(stacked[0].detach().clone()))
+    return mlp.train(experts.training)
 
 
 def _sparse_copy(

@@ -8,6 +8,7 @@ import torch
 
 from gmoe_ltdr import MoE, collect_routing, moe_layers, preset, upcycle_
 from gmoe_ltdr.tail import TailRule
+from gmoe_ltdr.upcycle import dense_copy
 from tests.models import tiny_dense_vit, tiny_moe_vit
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -37,6 +38,23 @@ def test_upcycled_equals_dense(kind, name):
     quiet = preset(name, layers="every_other", noise_std=0.0, expert_dropout=0.0)
     sparse = upcycle_(copy.deepcopy(dense), quiet).train()
     torch.testing.assert_close(sparse(IMAGES), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_a_dense_copy_is_the_model_that_was_upcycled(kind):
+    dense = tiny_dense_vit(**VITS[kind])
+    sparse = upcycle_(copy.deepcopy(dense), preset("gmoe", layers="every_other"))
+    before = torch.get_rng_state()
+    twin = dense_copy(sparse)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert twin.state_dict().keys() == dense.state_dict().keys()
+    for name, value in dense.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+    assert torch.equal(twin.eval()(IMAGES), dense.eval()(IMAGES))
+    assert all(isinstance(sparse.blocks[i].mlp, MoE) for i in (0, 2))
+    with torch.no_grad():
+        twin.blocks[0].mlp.fc1.weight.zero_()
+    assert sparse.blocks[0].mlp.experts.fc1_weight[0].any()
 
 
 @pytest.mark.parametrize("name", ["gmoe_dropless", "ltdr_v1_literal"])
