@@ -68,11 +68,16 @@ def check_tracker_flags(args: TrainArgs) -> None:
 
 @contextlib.contextmanager
 def tracked(run: Run, records: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
-    """Gives a function to call with each new record, on the first rank; `records`: those so far."""
+    """Gives a function to call with each new record; does something on the first rank only.
+
+    Args:
+        run: Which run it is.
+        records: What it has recorded before it was stopped.
+    """
     trackers: list[Tracker] = []
     if run.ranks.is_first:
-        trackers += [] if run.args.no_tensorboard else [TensorBoard(run, records)]
-        trackers += [] if run.args.wandb is None else [WandB(run, records)]
+        trackers += [] if run.args.no_tensorboard else [TensorBoard(run)]
+        trackers += [] if run.args.wandb is None else [WandB(run)]
 
     def each(action: Callable[[Tracker], None]) -> None:
         for tracker in list(trackers):
@@ -89,8 +94,13 @@ def tracked(run: Run, records: Sequence[Record]) -> Iterator[Callable[[Record], 
                     error,
                 )
 
+    def add(record: Record) -> None:
+        each(lambda tracker: tracker.add(record))
+
+    for record in list(records):
+        add(record)
     try:
-        yield lambda record: each(lambda tracker: tracker.add(record))
+        yield add
     except BaseException:
         each(lambda tracker: tracker.close(failed=True))
         raise
@@ -98,18 +108,12 @@ def tracked(run: Run, records: Sequence[Record]) -> Iterator[Callable[[Record], 
 
 
 class Tracker:
-    """Gets the records of one run.
+    """Gets the records of one run: when it goes on those that it has, then the new ones."""
 
-    Args:
-        run: Which run it is.
-        records: What it has recorded before it was stopped.
-    """
-
-    def __init__(self, run: Run, records: Sequence[Record]) -> None:
+    def __init__(self, run: Run) -> None:
         self.folder = run.folder
         self.label = job_label(run.args)
         self.settings = {**run.args.record_args(), "hparams": run.hparams}
-        self.earlier = list(records)
 
     def add(self, record: Record) -> None:
         """Takes a record that results.jsonl has."""
@@ -126,11 +130,12 @@ class TensorBoard(Tracker):
     _file: Any = None
 
     def add(self, record: Record) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         if self._file is None:
             self._open()
-            for one in self.earlier:
-                self._write_scalars(one)
-        self._write_scalars(record)
+        values = [Summary.Value(tag=t, simple_value=v) for t, v in scalars(record).items()]
+        self._write(step=record["step"], summary=Summary(value=values))
         self._file.flush()
 
     def close(self, *, failed: bool) -> None:
@@ -159,12 +164,6 @@ class TensorBoard(Tracker):
         )
         self._write(step=0, summary=Summary(value=[text]))
 
-    def _write_scalars(self, record: Record) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=t, simple_value=v) for t, v in scalars(record).items()]
-        self._write(step=record["step"], summary=Summary(value=values))
-
     def _write(self, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
@@ -176,16 +175,21 @@ class WandB(Tracker):
 
     _run: Any = None
 
-    def __init__(self, run: Run, records: Sequence[Record]) -> None:
-        super().__init__(run, records)
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
         self.project = run.args.wandb
+        self._id = uuid.uuid4().hex[:16]
+        self._last_step = -1
 
     def add(self, record: Record) -> None:
         if self._run is None:
             self._open()
-            for one in self.earlier:
-                self._log(one)
-        self._log(record)
+        if record["step"] <= self._last_step:
+            return
+        self._run.log(scalars(record), step=record["step"])
+        self._last_step = record["step"]
+        state = {"id": self._id, "last_step": self._last_step}
+        write_atomically(self.folder / WANDB_FILE, json.dumps(state) + "\n")
 
     def close(self, *, failed: bool) -> None:
         if self._run is not None:
@@ -195,9 +199,9 @@ class WandB(Tracker):
         import wandb
 
         path = self.folder / WANDB_FILE
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self._id = known.get("id") or uuid.uuid4().hex[:16]
-        self._last_step = known.get("last_step", -1)
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            self._id, self._last_step = known["id"], known["last_step"]
         self._run = wandb.init(
             project=self.project,
             id=self._id,
@@ -208,14 +212,6 @@ class WandB(Tracker):
             # out.txt and err.txt have what is printed, and need no summary of it
             settings=wandb.Settings(console="off", quiet=True),
         )
-
-    def _log(self, record: Record) -> None:
-        if record["step"] <= self._last_step:
-            return
-        self._run.log(scalars(record), step=record["step"])
-        self._last_step = record["step"]
-        state = {"id": self._id, "last_step": self._last_step}
-        write_atomically(self.folder / WANDB_FILE, json.dumps(state) + "\n")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

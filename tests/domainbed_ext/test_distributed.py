@@ -125,8 +125,8 @@ def test_two_ranks_equal_one_process(tmp_path, one_process, dispatcher):
     assert records[0]["provenance"]["ranks"] == 2
     assert "ranks" not in expected[0]["provenance"]
     assert records[0]["args"].keys() == expected[0]["args"].keys()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "done", "model.json", "model.safetensors", "results.jsonl",
+    assert sorted(p.name.partition(".tfevents.")[0] for p in tmp_path.iterdir()) == [
+        "done", "events.out", "model.json", "model.safetensors", "results.jsonl",
     ]  # fmt: skip
     ours, theirs = load_algorithm(tmp_path), load_algorithm(folder)
     x = torch.rand(4, 3, 28, 28)

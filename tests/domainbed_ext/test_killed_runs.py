@@ -88,7 +88,8 @@ def finish(processes, folder, flags=FLAGS, *, watch=False) -> End:
 
 def content(job: Path) -> dict[str, bytes]:
     """The files that have to be the same; all others by name only."""
-    files = {path.name: b"" for path in job.iterdir()}
+    # the name of TensorBoard's file has the time in it
+    files = {path.name: b"" for path in job.iterdir() if not path.name.startswith("events.")}
     files |= {name: (job / name).read_bytes() for name in ("model.json", "model.safetensors")}
     records = (job / "results.jsonl").read_bytes()
     files["results.jsonl"], count = re.subn(rb'"step_time": [^,]+', b'"step_time": 0', records)

@@ -119,6 +119,15 @@ def test_records_made_again_replace_those_that_were_told(tmp_path):
     assert read_events(tmp_path)["loss/loss"] == [(0, 1.5), (10, 1.5)]
 
 
+def test_a_record_that_was_not_told_is_told_when_the_run_goes_on(tmp_path):
+    with tracked(fake_run(tmp_path), [record_of(0)]) as track:
+        track(record_of(10))
+    # Killed between the checkpoint of the last step and the tracker: nothing new comes.
+    with tracked(fake_run(tmp_path), [record_of(0), record_of(10), record_of(20)]):
+        pass
+    assert [step for step, _ in read_events(tmp_path)["loss/loss"]] == [0, 10, 20]
+
+
 def test_no_tensorboard_writes_none(tmp_path):
     train_here(tmp_path, no_tensorboard=True)
     assert not list(tmp_path.glob(EVENTS_GLOB))
