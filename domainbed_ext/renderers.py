@@ -122,40 +122,69 @@ def render_latex(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+_HTML_STYLE = """
+:root { color-scheme: light dark }
+body { font-family: system-ui, sans-serif; line-height: 1.4; margin: 2em auto; max-width: 75em;
+       padding: 0 1em }
+div { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid #8884; padding: .3em .8em; text-align: right;
+         white-space: nowrap }
+thead th { border-bottom: 2px solid #888 }
+th[scope=row], .words { font-weight: normal; text-align: left }
+tbody tr:hover { background: #8882 }
+section { margin-top: 2.5em }
+h2 { font-size: 1.1em }
+ul, nav { font-size: .9em }
+"""
+
+
 def render_html(report: Report) -> str:
-    """One page that needs nothing else."""
+    """One page that needs nothing else, light or dark as the reader's other windows."""
 
     def escape(text: str) -> str:
         return html.escape(text.replace("+/-", "±"))
 
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def row(cells: Sequence[str], labels: int) -> str:
+        first, *words = map(escape, cells[:labels])
+        numbers = [f"<td>{escape(cell)}</td>" for cell in cells[labels:]]
+        labelled = [f'<td class="words">{cell}</td>' for cell in words]
+        return "<tr>" + "".join([f'<th scope="row">{first}</th>', *labelled, *numbers]) + "</tr>"
 
-    style = (
-        "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
-        "th,td{padding:.3em .8em;text-align:right;border-bottom:1px solid #ccc}"
-        "th:first-child,td:first-child{text-align:left}li{color:#555}"
-    )
+    def header(cells: Sequence[str], labels: int) -> str:
+        kinds = [' class="words"' if index < labels else "" for index in range(len(cells))]
+        pairs = zip(kinds, map(escape, cells), strict=True)
+        texts = [f'<th scope="col"{kind}>{cell}</th>' for kind, cell in pairs]
+        return "<tr>" + "".join(texts) + "</tr>"
+
+    tables = report_tables(report)
     lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><title>Results</title>',
+        '<meta name="viewport" content="width=device-width">',
+        f"<style>{_HTML_STYLE}</style></head><body>",
+        f"<p>{escape(report_summary(report))}</p>",
+        *(f"<p>Note: {escape(note)}.</p>" for note in report.notes),
+        "<nav><ol>",
+        *(
+            f'<li><a href="#table{number}">{escape(table.title)}</a></li>'
+            for number, table in enumerate(tables, start=1)
+        ),
+        "</ol></nav>",
     ]
-    lines += [f"<style>{style}</style></head><body>", f"<p>{escape(report_summary(report))}</p>"]
-    for table in report_tables(report):
+    for number, table in enumerate(tables, start=1):
         lines += [
-            f"<h3>{escape(table.title)}</h3>",
-            "<table><thead>",
-            row(table.header, "th"),
+            f'<section id="table{number}"><h2>{escape(table.title)}</h2>',
+            "<div><table><thead>",
+            header(table.header, table.labels),
             "</thead><tbody>",
+            *(row(cells, table.labels) for cells in table.rows),
+            "</tbody></table></div>",
         ]
-        lines += [row(cells, "td") for cells in table.rows]
-        lines += [
-            "</tbody></table>",
-            "<ul>",
-            *(f"<li>{escape(note)}</li>" for note in table.footnotes),
-            "</ul>",
-        ]
-    lines += [f"<p>Note: {escape(note)}.</p>" for note in report.notes]
+        if table.footnotes:
+            notes = [f"<li>{escape(note)}</li>" for note in table.footnotes]
+            lines += ["<ul>", *notes, "</ul>"]
+        lines.append("</section>")
     return "\n".join([*lines, "</body></html>"]) + "\n"
 
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,45 @@ def test_csv_and_json_hold_the_same_rows(sweep, capsys):
     assert [float(row["mean"] or "nan") for row in rows if row["mean"]] == [
         row["mean"] for row in content["rows"] if row["mean"] is not None
     ]
+
+
+class _Page(HTMLParser):
+    """Checks that every element is closed, and gathers tables and links."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.ids, self.rows = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag == "tr":
+            self.rows.append([])
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("th", "td"):
+            self.rows[-1].append(data)
+
+
+def test_html_is_one_whole_page(sweep, capsys):
+    arguments = ["--input_dir", sweep, "--format", "html", "--published", "ltdr"]
+    text = _run(collect_results.main, *arguments, capsys=capsys).out
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.links == [f"#{name}" for name in page.ids] == ["#table1", "#table2", "#table3"]
+    assert page.rows[:2] == [
+        ["Algorithm", "0", "1", "2", "Avg", "trials"],
+        ["ERM", "60.0 ± 7.1", "20.0", "90.0", "56.7", "1 to 2"],
+    ]
+    assert "url(" not in text
+    assert "@import" not in text
 
 
 def test_names_are_escaped(tmp_path, capsys):
