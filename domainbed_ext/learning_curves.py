@@ -8,7 +8,8 @@
 
 One value a row: `dataset`, `test_envs` (a tuple), `algorithm`, `hparams_seed`, `trial_seed`,
 `metric`, `step`, `value`. The metrics are "in", "out" and "test" (see `selection.split_accs`), and
-every number of a record under its own key. Accuracies are in percent. `curve_figure.py` draws them.
+every number of a record under its own key. Accuracies are in percent. The average of a run with
+SWAD is one point at its end and on no curve. `curve_figure.py` draws them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from domainbed_ext.records import Record
+from domainbed_ext.records import Record, weights_of
 from domainbed_ext.selection import split_accs
 
 CURVE_COLUMNS = (
@@ -38,6 +39,8 @@ def curves_frame(records: Sequence[Record]) -> pd.DataFrame:
     """All curves of all runs."""
     rows: list[tuple[object, ...]] = []
     for record in records:
+        if weights_of(record) == "swad":
+            continue
         args = record["args"]
         seeds = args["hparams_seed"], args["trial_seed"]
         run = (args["dataset"], tuple(args["test_envs"]), args["algorithm"], *seeds)

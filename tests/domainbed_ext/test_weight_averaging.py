@@ -16,6 +16,7 @@ from domainbed_ext.checkpoint import load_training_state, training_state
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams, parse_hparams, with_overrides
 from domainbed_ext.jobs import TrainArgs
+from domainbed_ext.learning_curves import curves_frame
 from domainbed_ext.records import read_records
 from domainbed_ext.saved_models import load_algorithm
 from domainbed_ext.scripts.train import train
@@ -427,6 +428,12 @@ def test_left_out_domains_are_compared_where_each_run_ended():
     records += swad_run([0, 2], 0.5, step=60)
     best = LeaveOneDomainOut.sweep_best(records)
     assert (best.val, best.test) == (pytest.approx(0.4), 0.7)
+
+
+def test_curves_are_of_the_weights_that_train():
+    curves = curves_frame(swad_run([0], 0.7)).query("metric == 'test'")
+    assert curves["step"].tolist() == [0, 40]
+    assert curves["value"].tolist() == [90.0, 90.0]
 
 
 def test_a_row_never_mixes_averaged_and_trained_weights():
