@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,11 @@ def parse_records(text: str | bytes) -> list[Record]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def read_records(path: str | os.PathLike[str]) -> list[Record]:
+def read_records(path: str | os.PathLike[str], *, finished: bool = False) -> list[Record]:
     """The records of one results file.
 
-    A last line that was cut off while being written is left out with a warning. Any other line that
-    is not a record raises a UsageError naming file and line.
+    A last line that was cut off while being written is left out with a warning, unless the job is
+    finished. Any other line that is not a record raises a UsageError naming file and line.
     """
     records: list[Record] = []
     with _named_if_unreadable(path):
@@ -132,12 +132,12 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         try:
             record = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
+            if number == len(lines) and not finished:
                 _logger.warning("%s, line %d is cut off and was left out", path, number)
                 continue
             raise UsageError(
-                f"{path}, line {number} is not a JSON record ({error}); "
-                "delete that line, or the job's folder to run it again"
+                f"{path}, line {number} is not a JSON record ({error}); an unfinished job restores "
+                "it when it goes on, of a finished one delete the folder and run it again"
             ) from None
         _check_record(record, f"{path}, line {number}")
         records.append(record)
@@ -171,7 +171,8 @@ def load_jobs(folder: str | os.PathLike[str]) -> dict[Path, list[Record]]:
     with _named_if_unreadable(folder):
         for job in [folder, *sorted(folder.iterdir())]:
             if (job / RECORDS_FILE).is_file():
-                jobs[job] = read_records(job / RECORDS_FILE)
+                done = (job / DONE_FILE).is_file()
+                jobs[job] = read_records(job / RECORDS_FILE, finished=done)
     return jobs
 
 
@@ -265,6 +266,38 @@ def _check_record(record: object, where: str) -> None:
         raise UsageError(
             f"{where}: the record lacks {', '.join(missing)}; is this a results file of a job?"
         )
+    named = {"step": record["step"], **{f"args.{name}": args[name] for name in REQUIRED_ARGS}}
+    named |= {name: value for name, value in record.items() if name.endswith("_acc")}
+    named |= {name: record[name] for name in ("hparams", "provenance") if name in record}
+    for name, value in named.items():
+        if not _IS_POSSIBLE.get(name, _is_number)(value):
+            raise UsageError(
+                f"{where}: {name} cannot be {json.dumps(value)[:40]}; was the file changed?"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _is_object(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+# of what a record must or may hold; all that ends in "_acc" is a number
+_IS_POSSIBLE: dict[str, Callable[[object], bool]] = {
+    "args.algorithm": lambda value: isinstance(value, str),
+    "args.dataset": lambda value: isinstance(value, str),
+    "args.hparams_seed": _is_int,
+    "args.trial_seed": _is_int,
+    "args.test_envs": lambda value: isinstance(value, list) and all(map(_is_int, value)),
+    "hparams": _is_object,
+    "provenance": _is_object,
+}
 
 
 def _is_json(line: bytes) -> bool:

@@ -152,7 +152,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _of_record(record: Record) -> dict[str, Any]:
-    return run_identity(record["args"], record["hparams"])
+    return run_identity(record["args"], record.get("hparams") or {})
 
 
 def _train(

@@ -220,7 +220,7 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
         lock.enter_context(job_lock(folder))
         if (folder / DONE_FILE).exists():
             path = folder / RECORDS_FILE
-            records = read_records(path) if path.exists() else []
+            records = read_records(path, finished=True) if path.exists() else []
             _check_finished(folder, args, hparams, records)
             tidy_up(folder)  # which the process may not have lived to do
             print(f"{folder} holds this very run, finished: nothing to do")
@@ -335,12 +335,21 @@ def _check_finished(
     folder: Path, args: TrainArgs, hparams: dict[str, Any], records: list[Record]
 ) -> None:
     if not records:
-        return
-    found = run_identity(records[-1]["args"], records[-1]["hparams"])
+        raise UsageError(
+            f"{folder} is marked as done and holds no record; delete that folder to run the job "
+            "again"
+        )
+    found = run_identity(records[-1]["args"], records[-1].get("hparams") or {})
     wanted = run_identity(args.record_args(), hparams)
     if wanted.get("hparams.schedule_steps") == 0:  # 0 stands for the run's number of steps
         wanted["hparams.schedule_steps"] = found.get("hparams.schedule_steps")
     check_same_run(folder, found=found, wanted=wanted)
+    last = (args.steps or get_dataset_class(args.dataset).N_STEPS) - 1
+    if records[-1]["step"] != last:
+        raise UsageError(
+            f"{folder} is marked as done and its records end at step {records[-1]['step']}, not "
+            f"{last}; delete that folder to run the job again"
+        )
 
 
 def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:

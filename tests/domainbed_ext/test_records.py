@@ -57,6 +57,53 @@ def test_appending_keeps_a_whole_last_line_that_lacks_its_newline(tmp_path):
     assert [record["step"] for record in read_records(path)] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"step": "7"}, 'step cannot be "7"'),
+        ({"env0_in_acc": "0.5"}, 'env0_in_acc cannot be "0.5"'),
+        ({"env1_out_acc": None}, "env1_out_acc cannot be null"),
+        ({"hparams": [1]}, r"hparams cannot be \[1\]"),
+        ({"provenance": "x"}, 'provenance cannot be "x"'),
+        ({"args": {"test_envs": 0}}, r"args\.test_envs cannot be 0"),
+        ({"args": {"test_envs": ["0"]}}, r"args\.test_envs cannot be \[\"0\"\]"),
+        ({"args": {"trial_seed": None}}, r"args\.trial_seed cannot be null"),
+        ({"args": {"dataset": {}}}, r"args\.dataset cannot be \{\}"),
+    ],
+)
+def test_a_record_whose_values_were_changed_is_named(tmp_path, change, named):
+    record = _record(0)
+    args = record["args"] | change.get("args", {})
+    path = tmp_path / "results.jsonl"
+    write_records(path, [_record(0), record | change | {"args": args}])
+    with pytest.raises(UsageError, match=rf"results\.jsonl, line 2: {named}"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\x00" * 100, b"\xff\xfe", b"[" * 100_000, b"nan", b'{"args": ', b"17"]
+)
+def test_a_line_of_garbage_is_named_wherever_it_is(tmp_path, line):
+    good = json.dumps(_record(0)).encode()
+    for lines in ([line, good], [good, line, good], [good, line]):
+        path = tmp_path / "results.jsonl"
+        path.write_bytes(b"\n".join([*lines, b""]))
+        number = lines.index(line) + 1
+        with pytest.raises(UsageError, match=rf"results\.jsonl, line {number} is ") as caught:
+            read_records(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_finished_job_has_no_line_that_is_cut_off(tmp_path):
+    path = tmp_path / "job" / "results.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(_record(0)) + "\n" + json.dumps(_record(1))[:-20])
+    assert len(load_records(tmp_path)) == 1
+    (path.parent / "done").write_text("done")
+    with pytest.raises(UsageError, match=r"results\.jsonl, line 2 is not a JSON record"):
+        load_records(tmp_path)
+
+
 def test_a_cut_off_last_line_is_left_out_with_a_warning(tmp_path, caplog):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(_record(0)) + "\n" + json.dumps(_record(1))[:50])

@@ -97,6 +97,61 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+def forget_records(folder):
+    (folder / "results.jsonl").unlink()
+
+
+def forget_the_last_record(folder):
+    path = folder / "results.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def cut_the_last_record(folder):
+    os.truncate(folder / "results.jsonl", (folder / "results.jsonl").stat().st_size - 10)
+
+
+def garble_a_record(folder):
+    path = folder / "results.jsonl"
+    path.write_bytes(b"\xff\x00" * 50 + b"\n" + path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (forget_records, "is marked as done and holds no record"),
+        (forget_the_last_record, "its records end at step 2, not 4"),
+        (cut_the_last_record, "results.jsonl, line 3 is not a JSON record"),
+        (garble_a_record, "results.jsonl, line 1 is not a JSON record"),
+    ],
+)
+def test_a_finished_run_whose_records_are_not_whole_is_not_taken_for_one(
+    tmp_path, capsys, harm, expected
+):
+    assert main(_flags(tmp_path)) == 0
+    (tmp_path / "done").write_bytes(b"\xff garbage")  # what is in it does not matter
+    harm(tmp_path)
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main(_flags(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    after = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    for name in ("out.txt", "err.txt", "lock"):
+        before.pop(name, None)
+        after.pop(name, None)
+    assert after == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"reason": 5}'])
+def test_an_unreadable_failure_marker_is_a_failure_and_no_obstacle(tmp_path, content):
+    (tmp_path / "failed").write_bytes(content)
+    assert Job({}, tmp_path).state is JobState.FAILED
+    assert Job({}, tmp_path).last_error_line()
+    assert main(_flags(tmp_path)) == 0
+    assert Job({}, tmp_path).state is JobState.DONE
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"algorithm": "LTDR"}, "algorithm ERM_ViT there and LTDR here"), ({"seed": 1}, "seed 0")],
