@@ -24,6 +24,13 @@ from tests.models import tiny_moe_vit
 from tests.oracle import dense_moe
 
 ROUTERS = {
+    "task_supervised": {"router": "task_supervised"},
+    "task_contrastive": {"router": "task_contrastive"},
+    "task_hard": {"router": "task_hard", "router_options": {"num_tasks": 3}},
+    "task_hard_nearest": {
+        "router": "task_hard",
+        "router_options": {"num_tasks": 3, "unseen": "nearest"},
+    },
     "instruct": {"router": "instruct", "gate": "linear"},
 }
 DIM, BATCH, LENGTH = 16, 3, 6
@@ -39,9 +46,15 @@ def ready(model):
     return model
 
 
+def info(batch: int) -> dict[str, torch.Tensor]:
+    """All that any router asks for of so many images."""
+    embeddings = torch.randn(9, DIM, generator=torch.Generator().manual_seed(1))
+    return {"domain_B": torch.arange(batch) % 3, "embedding_BD": embeddings[:batch]}
+
+
 def context(modality_BL) -> TokenContext:
-    """With all that any router asks for."""
-    return TokenContext(torch.as_tensor(modality_BL, dtype=torch.uint8))
+    modality_BL = torch.as_tensor(modality_BL, dtype=torch.uint8)
+    return TokenContext(modality_BL, **info(len(modality_BL)))
 
 
 def layer_of(kind, **changes) -> MoE:
@@ -107,7 +120,7 @@ def test_capacity_drops_choices(kind):
 
 def told(model, images):
     """The same model, told of these images."""
-    set_image_info(model)
+    set_image_info(model, **info(len(images)))
     return model
 
 
