@@ -51,6 +51,15 @@ def task() -> list[HParam]:
     ]
 
 
+def cluster() -> list[HParam]:
+    return [
+        *changed(moe("CLUSTER"), fixed("moe_gate", "linear"), quiet()),
+        fixed("cluster_count", 128),
+        HParam("cluster_temperature", 1.0, one_of(0.05, 1.0)),
+        fixed("cluster_universal", False),
+    ]
+
+
 def instruct() -> list[HParam]:
     # the source's gate; a choice per image is the same in training and in evaluation
     return [
@@ -97,7 +106,9 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE_EEA": lambda: [*moe("GMOE_EEA"), *tail()],
     "LTDR": lambda: [*moe("LTDR"), *tail()],
     "TASK": task,
+    "CLUSTER": cluster,
     "INSTRUCT": instruct,
+    "DISTRIBUTION": lambda: changed(moe("DISTRIBUTION"), quiet()),
     "DYNAMIC": dynamic,
     "STGC": stgc,
 }

@@ -15,6 +15,7 @@ from gmoe_ltdr import (
     TokenContext,
     collect_routing,
     load_model,
+    moe_layers,
     preset,
     save_model,
 )
@@ -31,7 +32,9 @@ ROUTERS = {
         "router": "task_hard",
         "router_options": {"num_tasks": 3, "unseen": "nearest"},
     },
+    "cluster": {"router": "cluster", "gate": "linear"},
     "instruct": {"router": "instruct", "gate": "linear"},
+    "distribution": {"router": "distribution"},
 }
 DIM, BATCH, LENGTH = 16, 3, 6
 P, V, T = int(Modality.PADDING), int(Modality.VISION), int(Modality.LANGUAGE)
@@ -43,6 +46,12 @@ def spec_of(kind, **changes) -> MoESpec:
 
 def ready(model):
     """The same model, after what has to happen before its first forward."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in moe_layers(model).values():
+        if hasattr(layer.router, "set_centroids_"):
+            num_clusters = getattr(layer.router, "num_clusters", 5)
+            centroids = torch.randn(num_clusters, DIM, generator=generator)
+            layer.router.set_centroids_(centroids)
     return model
 
 

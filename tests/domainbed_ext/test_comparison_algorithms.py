@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from domainbed_ext.algorithms import get_algorithm_class
+from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams
 from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
 from domainbed_ext.saved_models import load_algorithm
 from domainbed_ext.scripts.train import train
 from gmoe_ltdr import moe_layers
+from gmoe_ltdr.image_info import set_image_info
 from tests.distributed import run_ranks
 
 SHAPE = (3, 28, 28)
@@ -21,7 +23,9 @@ MEASURED = {
     "TASK, hard": ({"task_mode": "hard"}, 0.867),
     "TASK, hard, nearest": ({"task_mode": "hard", "task_unseen": "nearest"}, 0.713),
     "TASK, contrastive": ({"task_mode": "contrastive"}, 0.854),
+    "CLUSTER": ({}, 0.883),
     "INSTRUCT": ({}, 0.858),
+    "DISTRIBUTION": ({}, 0.804),
 }
 
 
@@ -58,6 +62,8 @@ QUIET = {
     [
         ("TASK", {}),
         ("TASK", {"task_mode": "hard", "task_unseen": "nearest"}),
+        ("CLUSTER", {"moe_dispatcher": "all_to_all"}),
+        ("DISTRIBUTION", {"moe_num_experts": 4}),
     ],
 )
 def test_two_ranks_equal_one_process(tmp_path, algorithm, hparams):
@@ -106,6 +112,14 @@ def router_of(algorithm):
     return next(iter(moe_layers(algorithm.network).values())).router
 
 
+@pytest.mark.parametrize("name", ["CLUSTER", "DISTRIBUTION"])
+def test_what_looks_at_the_images_first_says_so_where_it_cannot(name):
+    """DomainBed's own training does not call `prepare`."""
+    with pytest.raises(UsageError, match=r"use python -m domainbed_ext\.scripts\.train") as caught:
+        create(name).update(batches())
+    assert "\n" not in str(caught.value)
+
+
 def test_hard_tasks_train_the_experts_of_the_training_domains_alone():
     algorithm = create("TASK", task_mode="hard", optimizer="adam", weight_decay=0.0)
     experts = next(iter(moe_layers(algorithm.network).values())).experts.fc2_weight
@@ -125,6 +139,62 @@ def test_task_loss_is_in_the_records():
     assert numbers["task_loss"] == pytest.approx(2 * 0.01 * 1.79, rel=0.2)
     heavier = create("TASK", task_weight=0.1).update(batches())
     assert heavier["task_loss"] == pytest.approx(10 * numbers["task_loss"], rel=1e-5)
+
+
+def test_clusters_are_those_of_the_network_before_training():
+    algorithm = create("CLUSTER", cluster_count=3)
+    images = batches(2, 40)
+    algorithm.prepare([[batch] for batch in images])
+    x = torch.cat([x for x, _ in images])
+    # two equal experts with weights that sum to 1 are the dense function, whichever they are
+    untrained = algorithm.eval().network
+    set_image_info(untrained, embedding_BD=torch.zeros(5, 64))
+    with torch.no_grad():
+        class_token = untrained.forward_features(x[:5])[:, 0]
+    torch.testing.assert_close(algorithm.features(x[:5]), class_token)
+    router = router_of(algorithm)
+    assert router.clusters.num_fitted == 3  # at most one for 20 of 80 images
+    assert torch.equal(router.table, router.clusters.points)
+
+    # each centroid is the mean of the images that are nearest to it
+    features = algorithm.features(x)
+    cluster = router.clusters(features)
+    for number in range(3):
+        mean = features[cluster == number].mean(0)
+        torch.testing.assert_close(router.clusters.points[number], mean, atol=1e-4, rtol=1e-4)
+
+    frozen = {name: value.clone() for name, value in algorithm.features.state_dict().items()}
+    points, table = router.clusters.points.clone(), router.table.detach().clone()
+    algorithm.train()
+    assert not algorithm.features.vit.training
+    algorithm.update([(x[:8], torch.arange(8) % 2)])
+    for name, value in algorithm.features.state_dict().items():
+        assert torch.equal(value, frozen[name]), name
+    assert torch.equal(router.clusters.points, points)
+    assert not torch.equal(router.table, table)
+
+
+def test_frozen_features_cost_no_optimizer_state_and_no_head():
+    algorithm = create("CLUSTER", ema_decay=0.9)
+    trained = {id(p) for group in algorithm.optimizer.param_groups for p in group["params"]}
+    frozen = list(algorithm.features.parameters())
+    assert frozen
+    assert not {id(p) for p in frozen} & trained
+    assert not any(p.requires_grad for p in frozen)
+    names = [name for name in algorithm.state_dict() if ".patch_embed.proj.weight" in name]
+    assert names == [
+        "network.patch_embed.proj.weight",
+        "average.averaged.network.patch_embed.proj.weight",
+        "features.vit.patch_embed.proj.weight",
+    ]
+    assert not any("features.vit.head" in name for name in algorithm.state_dict())
+
+
+@pytest.mark.parametrize(("num_images", "clusters"), [(10, 1), (40, 2), (200, 5)])
+def test_a_cluster_has_twenty_images_or_there_are_fewer(num_images, clusters):
+    algorithm = create("CLUSTER", cluster_count=5)
+    algorithm.prepare([[batch] for batch in batches(2, num_images // 2)])
+    assert router_of(algorithm).clusters.num_fitted == clusters
 
 
 def test_instructed_images_choose_for_all_their_tokens():
