@@ -77,6 +77,15 @@ VALUES: dict[str, Values] = {
     "ltdr_selection_fraction": Number(
         "their share, for vtt_fixed and iat", high=1.0, low_open=True
     ),
+    "task_mode": Choice(
+        "what training domains are to the router", ("supervised", "contrastive", "hard")
+    ),
+    "task_weight": Number("weight of the task loss, supervised and contrastive"),
+    "task_temperature": Number("temperature of the contrastive task loss", low_open=True),
+    "task_unseen": Choice("experts of an unseen domain, hard", ("uniform", "nearest")),
+    "cluster_count": Integer("clusters of images, where there are enough of them", low=1),
+    "cluster_temperature": Number("temperature of the choice of experts", low_open=True),
+    "cluster_universal": Flag("the last expert computes every image"),
     "instruct_cls": Choice("class token in the mean of the patches", ("exclude", "include")),
     "dynamic_max_experts": Integer("experts that the pool may grow to", low=1),
     "dynamic_cycle": Integer("steps between two changes of the pool; 0: it never changes"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from domainbed_ext.hparam_draws import HParam, fixed, one_of
+from domainbed_ext.hparam_draws import HParam, fixed, log_uniform, one_of
 
 
 def moe(algorithm: str, *, without: Collection[str] = ()) -> list[HParam]:
@@ -38,6 +38,25 @@ def tail() -> list[HParam]:
         fixed("ltdr_eval_tail_scope", "image"),
         fixed("ltdr_selection", "vtt"),
         fixed("ltdr_selection_fraction", 0.15),
+    ]
+
+
+def task() -> list[HParam]:
+    return [
+        *moe("TASK"),
+        fixed("task_mode", "supervised"),
+        HParam("task_weight", 0.01, log_uniform(-3, -1)),
+        fixed("task_temperature", 1.0),
+        fixed("task_unseen", "uniform"),
+    ]
+
+
+def cluster() -> list[HParam]:
+    return [
+        *changed(moe("CLUSTER"), fixed("moe_gate", "linear"), quiet()),
+        fixed("cluster_count", 128),
+        HParam("cluster_temperature", 1.0, one_of(0.05, 1.0)),
+        fixed("cluster_universal", False),
     ]
 
 
@@ -86,7 +105,10 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE_DAR": lambda: moe("GMOE_DAR"),
     "GMOE_EEA": lambda: [*moe("GMOE_EEA"), *tail()],
     "LTDR": lambda: [*moe("LTDR"), *tail()],
+    "TASK": task,
+    "CLUSTER": cluster,
     "INSTRUCT": instruct,
+    "DISTRIBUTION": lambda: changed(moe("DISTRIBUTION"), quiet()),
     "DYNAMIC": dynamic,
     "STGC": stgc,
 }

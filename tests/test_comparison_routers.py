@@ -15,6 +15,7 @@ from gmoe_ltdr import (
     TokenContext,
     collect_routing,
     load_model,
+    moe_layers,
     preset,
     save_model,
 )
@@ -24,7 +25,16 @@ from tests.models import tiny_moe_vit
 from tests.oracle import dense_moe
 
 ROUTERS = {
+    "task_supervised": {"router": "task_supervised"},
+    "task_contrastive": {"router": "task_contrastive"},
+    "task_hard": {"router": "task_hard", "router_options": {"num_tasks": 3}},
+    "task_hard_nearest": {
+        "router": "task_hard",
+        "router_options": {"num_tasks": 3, "unseen": "nearest"},
+    },
+    "cluster": {"router": "cluster", "gate": "linear"},
     "instruct": {"router": "instruct", "gate": "linear"},
+    "distribution": {"router": "distribution"},
 }
 DIM, BATCH, LENGTH = 16, 3, 6
 P, V, T = int(Modality.PADDING), int(Modality.VISION), int(Modality.LANGUAGE)
@@ -36,12 +46,24 @@ def spec_of(kind, **changes) -> MoESpec:
 
 def ready(model):
     """The same model, after what has to happen before its first forward."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in moe_layers(model).values():
+        if hasattr(layer.router, "set_centroids_"):
+            num_clusters = getattr(layer.router, "num_clusters", 5)
+            centroids = torch.randn(num_clusters, DIM, generator=generator)
+            layer.router.set_centroids_(centroids)
     return model
 
 
+def info(batch: int) -> dict[str, torch.Tensor]:
+    """All that any router asks for of so many images."""
+    embeddings = torch.randn(9, DIM, generator=torch.Generator().manual_seed(1))
+    return {"domain_B": torch.arange(batch) % 3, "embedding_BD": embeddings[:batch]}
+
+
 def context(modality_BL) -> TokenContext:
-    """With all that any router asks for."""
-    return TokenContext(torch.as_tensor(modality_BL, dtype=torch.uint8))
+    modality_BL = torch.as_tensor(modality_BL, dtype=torch.uint8)
+    return TokenContext(modality_BL, **info(len(modality_BL)))
 
 
 def layer_of(kind, **changes) -> MoE:
@@ -107,7 +129,7 @@ def test_capacity_drops_choices(kind):
 
 def told(model, images):
     """The same model, told of these images."""
-    set_image_info(model)
+    set_image_info(model, **info(len(images)))
     return model
 
 

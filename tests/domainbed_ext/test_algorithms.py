@@ -29,7 +29,9 @@ LIGHT = {"STGC": {"stgc_weight": 0.1}}
 def create(name: str, **changes):
     torch.manual_seed(0)
     hparams = {**default_hparams(name, "Debug28"), **changes}
-    return get_algorithm_class(name)(SHAPE, 2, 2, hparams)
+    algorithm = get_algorithm_class(name)(SHAPE, 2, 2, hparams)
+    algorithm.prepare([[batch] for batch in minibatches(batch=24, seed=9)])
+    return algorithm
 
 
 def minibatches(num_domains: int = 2, batch: int = 4, seed: int = 0):
@@ -51,7 +53,7 @@ def one_step(algorithm):
 def test_names():
     assert ALGORITHMS == [*CORE_ALGORITHMS, *COMPARISON]
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
-    assert COMPARISON == ["INSTRUCT", "DYNAMIC", "STGC"]
+    assert COMPARISON == ["TASK", "CLUSTER", "INSTRUCT", "DISTRIBUTION", "DYNAMIC", "STGC"]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")
 
