@@ -51,7 +51,7 @@ def one_step(algorithm):
 def test_names():
     assert ALGORITHMS == [*CORE_ALGORITHMS, *COMPARISON]
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
-    assert COMPARISON == ["INSTRUCT", "DYNAMIC", "STGC"]
+    assert COMPARISON == ["INSTRUCT", "DYNAMIC", "STGC", "DEEPSEEK"]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")
 
