@@ -12,6 +12,7 @@ from typing import Any
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparam_kinds import Choice, Flag, Integer, Layers, Name, Number, Values
+from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS
 
 VALUES: dict[str, Values] = {
     # DomainBed's own
@@ -86,6 +87,11 @@ VALUES: dict[str, Values] = {
     "cluster_count": Integer("clusters of images, where there are enough of them", low=1),
     "cluster_temperature": Number("temperature of the choice of experts", low_open=True),
     "cluster_universal": Flag("the last expert computes every image"),
+    "deepseek_setting": Choice(
+        "number x width of the shared experts and of the routed ones", DEEPSEEK_SETTINGS
+    ),
+    "deepseek_top_k": Integer("routed experts per token; 0: two networks' width active in all"),
+    "deepseek_init_scale_shared": Number("factor on the shared expert's output at the start"),
     "instruct_cls": Choice("class token in the mean of the patches", ("exclude", "include")),
     "dynamic_max_experts": Integer("experts that the pool may grow to", low=1),
     "dynamic_cycle": Integer("steps between two changes of the pool; 0: it never changes"),

@@ -10,6 +10,9 @@ from collections.abc import Callable, Collection
 
 from domainbed_ext.hparam_draws import HParam, fixed, log_uniform, one_of
 
+# Rows of LTDR's table 6: number x width of the shared experts, and of the routed ones.
+DEEPSEEK_SETTINGS = ("1x1.0+3x1.0", "1x1.0+12x0.25", "1x1.0+16x0.25")
+
 
 def moe(algorithm: str, *, without: Collection[str] = ()) -> list[HParam]:
     """Those of every mixture of experts, less the ones that a router has no use for."""
@@ -99,6 +102,17 @@ def stgc() -> list[HParam]:
     ]
 
 
+def deepseek() -> list[HParam]:
+    # gate, weights and noise as in the source; how many experts there are is the setting's to say
+    source = (fixed("moe_gate", "linear"), fixed("moe_weighting", "raw"), quiet())
+    return [
+        *changed(moe("DEEPSEEK", without=("moe_num_experts", "moe_top_k")), *source),
+        HParam("deepseek_setting", DEEPSEEK_SETTINGS[1], one_of(*DEEPSEEK_SETTINGS)),
+        fixed("deepseek_top_k", 0),
+        fixed("deepseek_init_scale_shared", 1.0),
+    ]
+
+
 # In the order of table rows.
 ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
@@ -111,4 +125,5 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "DISTRIBUTION": lambda: changed(moe("DISTRIBUTION"), quiet()),
     "DYNAMIC": dynamic,
     "STGC": stgc,
+    "DEEPSEEK": deepseek,
 }

@@ -23,7 +23,7 @@ from domainbed_ext.errors import UsageError
 from domainbed_ext.foreground_masks import ForegroundMasks
 from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.loaders import EvalBatches
-from domainbed_ext.saved_models import MODEL_NAME, load_algorithm
+from domainbed_ext.saved_models import MODEL_NAME, load_algorithm, read_model_info
 from gmoe_ltdr import collect_routing, load_model, moe_layers
 from gmoe_ltdr.expert_distance import expert_distances
 from gmoe_ltdr.stats import RoutingStats
@@ -163,7 +163,7 @@ def load_sparse_model(folder: str | Path, *, name: str = MODEL_NAME, device: str
     folder = Path(folder)
     if (folder / f"{name}.json").is_file():
         algorithm: Any = load_algorithm(folder, name=name, device=device)
-        info = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        info = read_model_info(folder, name=name)
         network = getattr(algorithm, "predicting_network", algorithm)
         network = getattr(network, "module", network)  # of averaged weights
         model = SparseModel(network, algorithm.predict, info)

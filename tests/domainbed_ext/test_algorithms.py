@@ -53,7 +53,10 @@ def one_step(algorithm):
 def test_names():
     assert ALGORITHMS == [*CORE_ALGORITHMS, *COMPARISON]
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
-    assert COMPARISON == ["TASK", "CLUSTER", "INSTRUCT", "DISTRIBUTION", "DYNAMIC", "STGC"]
+    assert COMPARISON == [
+        *("TASK", "CLUSTER", "INSTRUCT", "DISTRIBUTION"),
+        *("DYNAMIC", "STGC", "DEEPSEEK"),
+    ]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")
 

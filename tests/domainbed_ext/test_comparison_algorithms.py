@@ -1,16 +1,17 @@
-"""The comparison routers as algorithms: that they learn, and on several ranks as in one process."""
+"""The comparison routers as algorithms: that they learn, hyper-parameters, several ranks."""
 
 import pytest
 import torch
 
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparams import default_hparams
+from domainbed_ext.hparams import default_hparams, random_hparams, validate_hparams
 from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
+from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS
 from domainbed_ext.saved_models import load_algorithm
 from domainbed_ext.scripts.train import train
-from gmoe_ltdr import moe_layers
+from gmoe_ltdr import moe_layers, preset
 from gmoe_ltdr.image_info import set_image_info
 from tests.distributed import run_ranks
 
@@ -26,6 +27,7 @@ MEASURED = {
     "CLUSTER": ({}, 0.883),
     "INSTRUCT": ({}, 0.858),
     "DISTRIBUTION": ({}, 0.804),
+    "DEEPSEEK": ({}, 0.825),
 }
 
 
@@ -206,3 +208,29 @@ def test_instructed_images_choose_for_all_their_tokens():
     weights = plans[0].combine_weights_TE.view(len(x), -1, 6)
     assert torch.equal(weights, weights[:, :1].expand_as(weights))
     assert len(weights[:, 0].unique(dim=0)) > 1
+
+
+def spec_of(name: str, **changes):
+    hparams = {**default_hparams(name, "Debug28"), **changes}
+    return get_algorithm_class(name)((3, 28, 28), 2, 2, hparams).spec
+
+
+@pytest.mark.parametrize("setting", DEEPSEEK_SETTINGS)
+def test_deepseek_settings_are_the_presets(setting):
+    spec = spec_of("DEEPSEEK", deepseek_setting=setting)
+    assert spec == preset(f"deepseek_{setting}", gate="linear", noise_std=0.0)
+    changed = spec_of(
+        "DEEPSEEK", deepseek_setting=setting, deepseek_top_k=2, deepseek_init_scale_shared=0.5
+    )
+    assert (changed.top_k, changed.init_scale_shared) == (2, 0.5)
+
+
+def test_deepseek_hparams():
+    draws = [random_hparams("DEEPSEEK", "PACS", seed)["deepseek_setting"] for seed in range(40)]
+    assert set(draws) == set(DEEPSEEK_SETTINGS)
+    with pytest.raises(UsageError, match="unknown hparam 'moe_num_experts'"):
+        validate_hparams({"moe_num_experts": 6}, "DEEPSEEK", "PACS")
+    with pytest.raises(UsageError, match=r"deepseek_setting='2x1\.0'"):
+        validate_hparams({"deepseek_setting": "2x1.0"}, "DEEPSEEK", "PACS")
+    with pytest.raises(UsageError, match="top_k=4 must lie between 1 and num_experts=3"):
+        spec_of("DEEPSEEK", deepseek_setting="1x1.0+3x1.0", deepseek_top_k=4)

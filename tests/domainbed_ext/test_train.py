@@ -186,6 +186,7 @@ ELABORATE = {"schedule": "one_cycle", "ema_decay": 0.9, "optimizer": "adamw", "d
         ("DISTRIBUTION", {}),
         ("DYNAMIC", {"ema_decay": 0.9, "dynamic_cycle": 4}),
         ("STGC", {}),
+        ("DEEPSEEK", {}),
     ],
 )
 def test_a_stopped_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path, algorithm, hparams):
