@@ -30,6 +30,7 @@ TUTEL_STEPS = (
 EXTRAS = {
     "emoji": {"resvg_py": "resvg-py"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+    "vlm": {"transformers": "transformers", "accelerate": "accelerate"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }
 # What DomainBed imports and this package does not: wilds with all it asks for would bring ten more.
