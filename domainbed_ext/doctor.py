@@ -32,6 +32,7 @@ EXTRAS = {
     "plots": {"matplotlib": "matplotlib"},
     "tracking": {"wandb": "wandb"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+    "vlm": {"transformers": "transformers", "accelerate": "accelerate"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }
 # What DomainBed imports and this package does not: wilds with all it asks for would bring ten more.

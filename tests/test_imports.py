@@ -11,6 +11,8 @@ OPTIONAL = {
     "tutel", "deepspeed", "transformers", "matplotlib", "resvg_py", "submitit", "ray", "wandb",
     "tensorboard", "onnx", "onnxruntime", "domainbed",
 }  # fmt: skip
+# Subclasses of another package's classes, for those who have it; they import it inside `try`.
+INTEGRATIONS = {"gmoe_ltdr/vlm/transformers.py"}
 FORBIDDEN_NAMES = {"misc.py", "utils.py", "util.py", "common.py", "helpers.py", "helper.py"}
 
 
@@ -39,6 +41,15 @@ def test_the_method_does_not_know_the_protocol(path):
 )
 def test_optional_packages_are_imported_where_used(path):
     assert not imported(ast.parse(path.read_text()), top_level_only=True) & OPTIONAL
+
+
+def test_nobody_imports_an_integration_on_the_way():
+    modules = {name.removesuffix(".py").replace("/", ".") for name in INTEGRATIONS}
+    for path in files("gmoe_ltdr", "domainbed_ext"):
+        if str(path.relative_to(ROOT)) in INTEGRATIONS:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            assert not (isinstance(node, ast.ImportFrom) and node.module in modules), path
 
 
 def test_only_algorithms_and_training_know_the_method():

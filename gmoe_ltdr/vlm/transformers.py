@@ -1,0 +1,343 @@
+"""Hugging Face LLaVA with a mixture of experts in its language model.
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model = upcycle_llava(model, vlm_preset("ltdr"))
+    loss = model(**processor(images=images, text=prompts), labels=labels).loss
+    model.save_pretrained(out)           # and AutoModelForImageTextToText.from_pretrained(out)
+
+A subclass with a configuration of its own, and nothing patched: `generate`, `Trainer`, accelerate
+and `save_pretrained` know it as any other model. Imported by name only, since it needs
+transformers (4.57 or newer), which is not always there.
+
+Shapes: B rows of the batch (sequences), S tokens per row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmoe_ltdr.collect import collect_routing, moe_layers
+from gmoe_ltdr.experts import StackedExperts
+from gmoe_ltdr.losses import balance_loss
+from gmoe_ltdr.routing import Modality
+from gmoe_ltdr.spec import MoESpec
+from gmoe_ltdr.vlm.decoder import make_sparse_
+from gmoe_ltdr.vlm.modality import TokenModality, modality_map
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+    from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+except ImportError as error:
+    raise ImportError(
+        f"gmoe_ltdr.vlm.transformers needs transformers 4.57 or newer ({error}): "
+        "pip install 'gmoe-ltdr[vlm]'"
+    ) from error
+
+
+class LTDRLlavaConfig(LlavaConfig):
+    """LLaVA's configuration and the description of its sparse layers.
+
+    Attributes:
+        moe_spec: `MoESpec.to_dict()`. Its `layers` are those of the language model.
+    """
+
+    model_type = "ltdr_llava"
+
+    moe_spec: dict[str, Any] | None = None
+
+    @property
+    def spec(self) -> MoESpec:
+        """The sparse layers.
+
+        Raises:
+            ValueError: There is no description, or an impossible one.
+        """
+        if not self.moe_spec:
+            raise ValueError(
+                "LTDRLlavaConfig needs moe_spec=, the to_dict() of a MoESpec; to make a dense "
+                "LLaVA sparse, use upcycle_llava(model, spec)"
+            )
+        return MoESpec.from_dict(self.moe_spec)
+
+
+@dataclass
+class LTDRLlavaOutput(LlavaCausalLMOutputWithPast):
+    """LLaVA's output.
+
+    Attributes:
+        aux_loss: What balancing (and the router's own losses) add to the loss, already weighted;
+            None without labels.
+    """
+
+    aux_loss: Tensor | None = None
+
+
+class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA whose language model routes each token to some of several feed-forward networks.
+
+    Attributes:
+        token_modality: Tells the MoE layers which tokens are language, vision, padding.
+    """
+
+    config_class = LTDRLlavaConfig
+
+    def __init__(self, config: LTDRLlavaConfig):
+        spec = config.spec  # what is wrong with it is said before a large model is made
+        super().__init__(config)
+        self.token_modality = TokenModality()
+        make_sparse_(self.decoder, spec, token_modality=self.token_modality)
+        # Routing is float32 whatever the rest of the model is, and so are its parameters. Said
+        # here, as a class attribute would be checked before there is a router.
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "router"}
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.model.language_model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        vision_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> LTDRLlavaOutput | tuple:
+        """As LLaVA's, plus `vision_mask`: bool (B, S), which tokens are vision.
+
+        It is needed where `inputs_embeds` hide the image tokens, and replaces the search for them
+        elsewhere. With labels, the loss contains the balance loss; under gradient accumulation each
+        part's balance loss counts by its share of the targets, as its cross-entropy does.
+
+        Raises:
+            ValueError: `inputs_embeds` of several tokens without `vision_mask`.
+        """
+        tokens = self._tokens(input_ids, pixel_values, attention_mask, vision_mask, kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        call = (input_ids, pixel_values, attention_mask)
+        with self.token_modality.using(tokens):
+            if kwargs.get("labels") is None:
+                output = super().forward(*call, return_dict=True, **kwargs)
+            else:
+                with collect_routing(self) as routings:
+                    output = super().forward(*call, return_dict=True, **kwargs)
+        values = dict(output)
+        if kwargs.get("labels") is not None:
+            spec, device = self.config.spec, values["loss"].device
+            # layer by layer, since layers may be on different devices
+            per_layer = [balance_loss([routing], spec).to(device) for routing in routings.values()]
+            values["aux_loss"] = torch.stack(per_layer).sum()
+            values["loss"] = values["loss"] + _share_of_targets(kwargs) * values["aux_loss"]
+        output = LTDRLlavaOutput(**values)
+        return output if return_dict else output.to_tuple()
+
+    def _tokens(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        attention_mask: Any,
+        vision_mask: Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """What the tokens of this forward are, uint8 (B, S)."""
+        embeds: Any = kwargs.get("inputs_embeds")
+        if input_ids is None:
+            if embeds is None:
+                raise ValueError("LLaVA needs input_ids or inputs_embeds, and got neither")
+            if vision_mask is None and embeds.shape[1] > 1:
+                raise ValueError(
+                    "inputs_embeds do not show which tokens are images: pass vision_mask, a bool "
+                    f"tensor of shape {tuple(embeds.shape[:2])}"
+                )
+        # the ids' shape is all that counts where a mask says which tokens are vision
+        ids_BS = input_ids if input_ids is not None else embeds[:, :, 0]
+        if ids_BS.shape[1] == 1:  # decoding; masks may describe the prompt as well
+            return torch.full_like(ids_BS, int(Modality.LANGUAGE), dtype=torch.uint8)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        return modality_map(
+            ids_BS,
+            self.config.image_token_id,
+            _token_mask(attention_mask, ids_BS.shape[1], _cached_length(kwargs)),
+            has_images=pixel_values is not None or encoded is not None,
+            vision_mask=vision_mask,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's, except that a prompt is not taken in chunks.
+
+        Raises:
+            ValueError: `prefill_chunk_size`, with a tail rule that looks at a whole image.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        spec = self.config.spec
+        if chunk is not None and spec.activates_tail and spec.tail_rule.eval_scope != "ema":
+            raise ValueError(
+                f"prefill_chunk_size={chunk} would cut images apart, and the tail rule compares "
+                "the tokens of a whole one; leave it out, or use TailRule(eval_scope='ema')"
+            )
+        return super().generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute layers in backward, each with the tokens of its own forward.
+
+        Raises:
+            ValueError: `use_reentrant=True`, under which the balance loss would have no gradient.
+        """
+        given = dict(gradient_checkpointing_kwargs or {})
+        if given.setdefault("use_reentrant", False):
+            raise ValueError(
+                "use_reentrant=True would leave the balance loss without gradient; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        given["context_fn"] = _with_tokens(self.token_modality, given.get("context_fn"))
+        super().gradient_checkpointing_enable(given, **options)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # StackedExperts hold no nn.Linear, which is all that LLaVA would know to initialise
+        if isinstance(module, StackedExperts):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+def _with_signature_of_llava(forward: Callable) -> Callable:
+    """`generate` and `Trainer` read from the signature what a model can be given, and its names
+    differ between versions of transformers."""
+    signature = inspect.signature(LlavaForConditionalGeneration.forward)
+    parameters = list(signature.parameters.values())
+    own = inspect.signature(forward).parameters["vision_mask"]
+    parameters.insert(-1, own)  # before **kwargs
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
+_with_signature_of_llava(LTDRLlavaForConditionalGeneration.forward)
+
+AutoConfig.register("ltdr_llava", LTDRLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(
+    LTDRLlavaConfig, LTDRLlavaForConditionalGeneration, exist_ok=True
+)
+
+
+def upcycle_llava(
+    model: LlavaForConditionalGeneration, spec: MoESpec
+) -> LTDRLlavaForConditionalGeneration:
+    """A sparse LLaVA whose experts are copies of the dense one's feed-forward networks.
+
+    With weights that sum to 1 (`renormalize`, two experts or more) it computes what the dense model
+    computes.
+
+    Args:
+        model: The dense model. Its modules go over into the sparse one, so it is used up.
+        spec: The sparse model, of `vlm_preset` for instance.
+
+    Raises:
+        TypeError: Not a LLaVA, or feed-forward networks of an unknown shape.
+        ValueError: It is sparse already, or a layer does not exist.
+    """
+    if not isinstance(model, LlavaForConditionalGeneration):
+        raise TypeError(
+            f"upcycle_llava takes a LlavaForConditionalGeneration, not a {type(model).__name__}"
+        )
+    if moe_layers(model):
+        raise ValueError(f"the model is sparse already: {', '.join(moe_layers(model))}")
+    values = model.config.to_dict()
+    for name in ("model_type", "text_config", "vision_config", "architectures"):
+        values.pop(name, None)
+    config = LTDRLlavaConfig(
+        **values,
+        # the very objects, which hold what no dictionary does (the choice of attention)
+        text_config=model.config.text_config,
+        vision_config=model.config.vision_config,
+        moe_spec=spec.to_dict(),
+    )
+    config._attn_implementation = model.config._attn_implementation
+    token_modality = TokenModality()
+    with torch.device("meta"):  # a hull, whose parts are replaced
+        sparse = LTDRLlavaForConditionalGeneration(config)
+    make_sparse_(model.model.language_model, spec, token_modality=token_modality, copy=True)
+    model.model.config = config
+    sparse.model, sparse.lm_head = model.model, model.lm_head
+    sparse.token_modality = token_modality
+    sparse.generation_config = model.generation_config
+    return sparse.train(model.training)
+
+
+def _share_of_targets(kwargs: Mapping[str, Any]) -> Tensor | float:
+    """This forward's part of the targets that one optimizer step sees.
+
+    `Trainer` says how many there are (`num_items_in_batch`) and divides nothing itself.
+    """
+    total = kwargs.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    targets = kwargs.get("shift_labels")
+    if targets is None:
+        targets = kwargs["labels"][..., 1:]  # what the first token is, nothing predicts
+    num_targets = (targets != -100).sum()
+    return num_targets / (total.to(num_targets.device) if isinstance(total, Tensor) else total)
+
+
+def _token_mask(attention_mask: Any, length: int, cached: int) -> Tensor | None:
+    """Which of the last `length` tokens are no padding, (B, S); None: all.
+
+    A static cache brings masks of shape (batch, 1, queries, keys), or one per kind of attention.
+    There, padding is what may not look at itself.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = next(iter(attention_mask.values()))
+    if attention_mask is None or attention_mask.dim() != 4:
+        return attention_mask
+    own_BSS = attention_mask[:, 0, :, cached : cached + length]
+    own_BS = own_BSS.diagonal(dim1=-2, dim2=-1)
+    return own_BS if own_BS.dtype == torch.bool else own_BS == 0
+
+
+def _cached_length(kwargs: Mapping[str, Any]) -> int:
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _with_tokens(token_modality: TokenModality, context_fn: Callable | None) -> Callable:
+    """A `context_fn` for torch's checkpointing that knows the tokens, around another one."""
+    if context_fn is None:
+        return token_modality.checkpoint_context
+
+    def both() -> tuple[Any, Any]:
+        forward, recompute = context_fn()
+        _, tokens = token_modality.checkpoint_context()
+        return forward, _Nested(tokens, recompute)
+
+    return both
+
+
+class _Nested:
+    """Two contexts as one, any number of times."""
+
+    def __init__(self, outer: Any, inner: Any):
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
