@@ -211,11 +211,12 @@ class SweepProgress:
         self._update()
 
     def finished(self, label: str, outcome: str) -> None:
-        """A job ended; `outcome` is a word or two."""
+        """A job ended, or need not be started; `outcome` is a word or two."""
         self._finished += 1
         self._fractions.pop(label, None)
         if self._bars is not None:
-            self._bars.remove_task(self._tasks.pop(label))
+            if label in self._tasks:
+                self._bars.remove_task(self._tasks.pop(label))
             if outcome != "done":
                 self._bars.console.print(f"{label}: {outcome}", highlight=False, markup=False)
             self._update()

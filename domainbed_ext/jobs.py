@@ -21,12 +21,13 @@ import errno
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from domainbed_ext.atomic_files import remove_unfinished, write_atomically, writing
 from domainbed_ext.datasets import DEFAULT_DATA_DIR
@@ -194,16 +195,14 @@ class Job:
 
     @property
     def state(self) -> JobState:
-        if not self.output_dir.is_dir():
-            return JobState.NOT_LAUNCHED
-        if (self.output_dir / DONE_FILE).exists():
-            return JobState.DONE
-        if is_locked(self.output_dir):
-            return JobState.RUNNING
-        failure = read_failure(self.output_dir)
-        if failure is not None:
-            return JobState.DIVERGED if failure.get("reason") == "diverged" else JobState.FAILED
-        return JobState.INCOMPLETE
+        return job_state(self.output_dir)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it was begun and left, through no fault of its own."""
+        return self.state is JobState.INCOMPLETE or (
+            self.state is JobState.FAILED and has_died(self.output_dir)
+        )
 
     def last_error_line(self) -> str:
         """The last line of err.txt, which says why a job failed."""
@@ -213,6 +212,37 @@ class Job:
             if lines:
                 return lines[-1]
         return str((read_failure(self.output_dir) or {}).get("message", "no message in err.txt"))
+
+
+def job_state(folder: Path) -> JobState:
+    """What a job's folder says about it."""
+    if not folder.is_dir():
+        return JobState.NOT_LAUNCHED
+    if (folder / DONE_FILE).exists():
+        return JobState.DONE
+    if is_locked(folder):
+        return JobState.RUNNING
+    failure = read_failure(folder)
+    if failure is not None:
+        return JobState.DIVERGED if failure.get("reason") == "diverged" else JobState.FAILED
+    return JobState.INCOMPLETE
+
+
+def has_died(folder: Path) -> bool:
+    """Whether a job failed because its process was killed."""
+    return (read_failure(folder) or {}).get("reason") == "died"
+
+
+def taken_by_others(folder: Path) -> str | None:
+    """What other processes have made of a job that was to be run, in words; None: nothing."""
+    state = job_state(folder)
+    if state is JobState.DONE:
+        return "done by another process"
+    if state is JobState.RUNNING:
+        return "in use by another process"
+    if state in (JobState.FAILED, JobState.DIVERGED) and not has_died(folder):
+        return "failed in another process"
+    return None
 
 
 def job_label(args: TrainArgs) -> str:
@@ -287,37 +317,69 @@ def job_lock(folder: Path) -> Iterator[None]:
     The operating system gives the lock back when its process ends, however it ends.
     """
     path = folder / LOCK_FILE
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    # lockf, unlike flock, is not inherited by the loaders' worker processes, which may live a
-    # little longer.
-    with writing(path):
-        file = open(path, "a")
-    with file:
-        for attempt in range(4):
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.ExitStack() as held:
+        while True:
+            with writing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(path, "a"))
+            _lock(file, folder)
+            if _is_at(file, path):
                 break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    _logger.warning(
-                        "%s cannot be locked (%s); start no second sweep on this folder",
-                        path,
-                        error,
-                    )
-                    break
-                if attempt == 3:
-                    raise JobBusyError(
-                        f"{folder} is in use by another process; wait for it, or give another "
-                        "--output_dir"
-                    ) from None
-                time.sleep(0.05)  # `is_locked` of another process holds the lock for an instant
+            file.close()  # the process that had it before has deleted it
         yield
         if (folder / DONE_FILE).exists():
             path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return
+    for attempt in range(4):
+        try:
+            # lockf, unlike flock, is not inherited by the loaders' worker processes, which may live
+            # a little longer.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                _logger.warning(
+                    "%s cannot be locked (%s); start no second sweep on this folder",
+                    folder / LOCK_FILE,
+                    error,
+                )
+                return
+            if attempt == 3:
+                raise JobBusyError(
+                    f"{folder} is in use by another process; wait for it, or give another "
+                    "--output_dir"
+                ) from None
+            time.sleep(0.05)  # `is_locked` of another process holds the lock for an instant
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def delete_job(folder: Path) -> None:
+    """Deletes a job's folder with all that is in it.
+
+    Raises:
+        JobBusyError: Another process works on the job.
+    """
+    with job_lock(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+        (folder / LOCK_FILE).unlink()
+    with contextlib.suppress(OSError):  # another process may have begun the job anew by now
+        folder.rmdir()
 
 
 def is_locked(folder: Path) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 from domainbed_ext.display import SweepProgress
 from domainbed_ext.errors import UsageError
 from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess
-from domainbed_ext.jobs import TrainArgs, job_label
+from domainbed_ext.jobs import TrainArgs, job_label, taken_by_others
 
 _POLL_SECONDS = 0.2
 
@@ -76,6 +77,10 @@ def run_commands(
             while waiting or running:
                 while waiting and slots:
                     command, job = waiting.popleft()
+                    taken = taken_by_others(Path(job.output_dir))
+                    if taken is not None:
+                        progress.finished(job_label(job), taken)
+                        continue
                     slot = slots.pop(0)
                     environment = {"OMP_NUM_THREADS": str(threads)}
                     if slot is not None:

@@ -24,7 +24,15 @@ from typing import Any
 from domainbed_ext.atomic_files import CannotWriteError
 from domainbed_ext.display import RunState, SweepProgress
 from domainbed_ext.job_process import OUTCOMES
-from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, job_label, make_folder, mark_failed
+from domainbed_ext.jobs import (
+    ERR_FILE,
+    OUT_FILE,
+    TrainArgs,
+    job_label,
+    make_folder,
+    mark_failed,
+    taken_by_others,
+)
 from domainbed_ext.log_files import LogFile
 from domainbed_ext.stop_signals import (
     EXIT_STOPPED,
@@ -58,8 +66,8 @@ def run_jobs(
                 workers.append(_Worker(threads=threads, device=device))
             while True:
                 for worker in workers:
-                    if worker.job is None and waiting:
-                        worker.start(waiting.popleft(), progress)
+                    if worker.job is None and (job := next_free(waiting, progress)):
+                        worker.start(job, progress)
                 busy = {worker.connection: worker for worker in workers if worker.job is not None}
                 if not busy:
                     break
@@ -73,6 +81,17 @@ def run_jobs(
             for worker in workers:
                 # whoever sent a signal decides how long to wait: then comes SIGKILL
                 worker.join(None if stop_requested() else _END_SECONDS)
+
+
+def next_free(waiting: deque[TrainArgs], progress: SweepProgress) -> TrainArgs | None:
+    """Takes the next job that is still to be run: other launchers may have taken some."""
+    while waiting:
+        job = waiting.popleft()
+        outcome = taken_by_others(Path(job.output_dir))
+        if outcome is None:
+            return job
+        progress.finished(job_label(job), outcome)
+    return None
 
 
 @dataclass
@@ -144,7 +163,7 @@ def _mark_died(job: TrainArgs, exitcode: int | None) -> None:
     folder = Path(job.output_dir)
     message = (
         f"the worker process died ({_exit_words(exitcode)}); "
-        "the job goes on when the sweep is launched again"
+        "the job goes on when it is launched again"
     )
     try:
         make_folder(folder)

@@ -26,6 +26,7 @@ class Launcher:
     """
 
     hands_over: ClassVar[bool] = False  # `launch` returns before the jobs have ended
+    only_shows: ClassVar[bool] = False  # nothing is run, so nobody needs to be asked
 
     jobs: int | None = None
     gpus_per_job: int = 1

@@ -14,6 +14,7 @@ class DummyLauncher(Launcher):
     """Prints each command, ready for a shell or a cluster's queue."""
 
     hands_over = True
+    only_shows = True
 
     def launch(self, commands: Sequence[Sequence[str]]) -> None:
         for command in commands:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from domainbed_ext.datasets import (
     DATASETS,
@@ -22,7 +17,15 @@ from domainbed_ext.datasets import (
 from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
-from domainbed_ext.jobs import TASKS, Job, JobState, TrainArgs, job_label
+from domainbed_ext.jobs import (
+    FAILED_FILE,
+    TASKS,
+    Job,
+    JobBusyError,
+    JobState,
+    TrainArgs,
+    delete_job,
+)
 from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, Launcher
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.scripts.train import (
@@ -33,6 +36,14 @@ from domainbed_ext.scripts.train import (
     check_args,
 )
 from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stops_on_signals
+from domainbed_ext.sweep_report import (
+    count_words,
+    print_failed,
+    print_jobs,
+    print_reasons,
+    print_running,
+)
+from domainbed_ext.takeover import MAX_LAUNCHES, left_behind
 from domainbed_ext.torchrun import check_algorithms, distributed_command
 from domainbed_ext.tracking import add_tracker_flags
 
@@ -46,9 +57,15 @@ time: launching it again goes on with unfinished jobs and leaves finished ones a
 """
 EXAMPLES = """\
 commands:
-  launch              run what is not done yet (the default)
-  status              say what is done and what is not, and stop
+  launch              run what is not done yet, failed jobs included (the default)
+  status              say what is done, how far running jobs are and why others failed, and stop
+  resume              run what was begun and interrupted, and nothing new
+  retry_failed        run failed jobs again, from their last checkpoint; with --diverged also those
+                      that diverged, from the first step
   delete_incomplete   delete the folders of jobs that are neither done nor running
+
+Two sweeps on one folder, on one machine or on several that share it, never run a job twice: each
+takes what is free, then waits for what the other still runs and takes over what it leaves.
 
 examples:
   default hyper-parameters, one trial, each domain held out once, on data that needs no download:
@@ -61,6 +78,10 @@ examples:
   each job on two GPUs at once, experts shared between them:
     ltdr sweep --algorithms LTDR --datasets DomainNet --data_dir data --gpus_per_job 2 \\
         --hparams '{"moe_dispatcher": "auto"}'
+
+  where is it, and why did some fail?
+    ltdr sweep status --algorithms ERM_ViT LTDR --datasets PACS --data_dir data \\
+        --output_dir sweeps/pacs
 
   see the commands instead of running them:
     ltdr sweep --algorithms LTDR --datasets RotatedDigits --command_launcher dummy
@@ -84,7 +105,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="launch",
-        choices=("launch", "status", "delete_incomplete"),
+        choices=("launch", "status", "resume", "retry_failed", "delete_incomplete"),
         help="default: launch",
     )
     parser.add_argument(
@@ -141,6 +162,18 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--skip_confirmation", action="store_true", help="do not ask")
     parser.add_argument(
+        "--diverged",
+        action="store_true",
+        help="retry_failed: diverged jobs too, which diverge again unless something has changed",
+    )
+    parser.add_argument(
+        "--wait",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="after the own jobs wait for those that other processes run, and take over what they "
+        "leave (default)",
+    )
+    parser.add_argument(
         "--jobs", type=int, metavar="N", help="how many at once (default: the launcher decides)"
     )
     parser.add_argument(
@@ -196,6 +229,8 @@ def sweep(args: argparse.Namespace) -> int:
         )
     launcher = REGISTRY[args.command_launcher].from_args(args)
     launcher.check()
+    if args.diverged and args.command != "retry_failed":
+        raise UsageError(f"--diverged goes with retry_failed, not with {args.command}")
     check_algorithms(args.algorithms, ranks=args.gpus_per_job, trainable=VIT_ALGORITHMS)
     found = find_datasets(args.data_dir)
     choose_all = not args.datasets
@@ -209,29 +244,12 @@ def sweep(args: argparse.Namespace) -> int:
     _print_data(args, found, name_absent=choose_all)
     print_jobs(jobs, states)
     if args.command == "status":
+        print_running(jobs, states)
+        print_failed(jobs, states)
         return EXIT_OK
     if args.command == "delete_incomplete":
         return _delete_incomplete(jobs, states, args)
     return _launch(jobs, states, launcher, args)
-
-
-def print_jobs(jobs: Sequence[Job], states: dict[Path, JobState]) -> None:
-    """A table of data set x algorithm, with the number of jobs in each state."""
-    table = Table(box=box.SIMPLE, title=f"{len(jobs)} jobs", title_justify="left", pad_edge=False)
-    table.add_column("data set")
-    table.add_column("algorithm")
-    table.add_column("jobs", justify="right")
-    shown = [state for state in JobState if state in states.values()]
-    for state in shown:
-        table.add_column(state.value.lower(), justify="right")
-    rows: dict[tuple[str, str], Counter[JobState]] = {}
-    for job in jobs:
-        pair = (job.train_args["dataset"], job.train_args["algorithm"])
-        rows.setdefault(pair, Counter())[states[job.output_dir]] += 1
-    for pair, counts in rows.items():
-        cells = [str(counts[state] or "-") for state in shown]
-        table.add_row(*pair, str(counts.total()), *cells)
-    _console().print(table)
 
 
 def _print_data(
@@ -266,56 +284,70 @@ def _launch(
     launcher: Launcher,
     args: argparse.Namespace,
 ) -> int:
-    to_launch = [job for job in jobs if states[job.output_dir] in LAUNCHABLE]
-    if to_launch:
-        going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in to_launch)
+    chosen = [job for job in jobs if _is_chosen(job, states[job.output_dir], args)]
+    watched = [*chosen]
+    if args.command != "retry_failed":
+        watched += [job for job in jobs if states[job.output_dir] is JobState.RUNNING]
+    if chosen:
+        going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in chosen)
         remark = f", {going_on} of them from their last checkpoint" if going_on else ""
-        _confirm(f"About to run {len(to_launch)} jobs in {args.output_dir}{remark}.", args)
-        commands = [
-            [sys.executable, "-m", TRAIN_MODULE, *job.args.command_line()] for job in to_launch
-        ]
-        if args.gpus_per_job > 1:
-            commands = [distributed_command(command, args.gpus_per_job) for command in commands]
-        launcher.launch(commands)
-    else:
+        _confirm(f"About to run {len(chosen)} jobs in {args.output_dir}{remark}.", args)
+        if not launcher.only_shows:
+            chosen = [job for job in chosen if _clear_failure(job, states[job.output_dir])]
+    elif not watched or launcher.hands_over:
         print("Nothing to launch.")
-    if launcher.hands_over:
-        return EXIT_OK
-    return _report(jobs, args)
+    launches: Counter[Path] = Counter()
+    while True:
+        if chosen:
+            launcher.launch(_commands(chosen, args))
+        if launcher.hands_over:
+            return EXIT_OK
+        launches.update(job.output_dir for job in chosen)
+        candidates = [job for job in watched if launches[job.output_dir] < MAX_LAUNCHES]
+        chosen = left_behind(candidates, wait=args.wait)
+        if not chosen:
+            return _report(jobs, [job for job in jobs if launches[job.output_dir]], args)
 
 
-def _report(jobs: Sequence[Job], args: argparse.Namespace) -> int:
-    """What became of the jobs; those that went wrong with their folder and the last line of their
-    err.txt.
-    """
-    states = [job.state for job in jobs]
-    counts = ", ".join(
-        f"{states.count(state)} {state.value.lower()}" for state in JobState if state in states
-    )
-    print(f"{len(jobs)} jobs: {counts}.")
-    bad = [
-        job
-        for job, state in zip(jobs, states, strict=True)
-        if state in (JobState.FAILED, JobState.DIVERGED)
-    ]
-    # all have ended, and on a full disk one cannot even say how
-    unfinished = [
-        job for job, state in zip(jobs, states, strict=True) if state is JobState.INCOMPLETE
-    ]
-    for word, those in (("failed", bad), ("not finished", unfinished)):
-        for job in those:
-            print(
-                f"{word}: {job.output_dir} ({job_label(job.args)})\n    {job.last_error_line()}",
-                file=sys.stderr,
-            )
-    if JobState.DIVERGED in states:
-        print(
-            "Diverged jobs would diverge again, so launching leaves them alone; "
-            "`delete_incomplete` removes them.",
-            file=sys.stderr,
-        )
-    if JobState.DONE in states:
+def _is_chosen(job: Job, state: JobState, args: argparse.Namespace) -> bool:
+    if args.command == "resume":
+        return job.is_interrupted
+    if args.command == "retry_failed":
+        return state is JobState.FAILED or (args.diverged and state is JobState.DIVERGED)
+    return state in LAUNCHABLE
+
+
+def _clear_failure(job: Job, state: JobState) -> bool:
+    """Makes a failed job one to be gone on with, a diverged one a new one: its last checkpoint
+    would only diverge again. False if another process has it by now."""
+    if state is JobState.FAILED:
+        (job.output_dir / FAILED_FILE).unlink(missing_ok=True)
+    if state is JobState.DIVERGED:
+        try:
+            delete_job(job.output_dir)
+        except JobBusyError:
+            return False
+    return True
+
+
+def _commands(jobs: Sequence[Job], args: argparse.Namespace) -> list[list[str]]:
+    commands = [[sys.executable, "-m", TRAIN_MODULE, *job.args.command_line()] for job in jobs]
+    if args.gpus_per_job > 1:
+        commands = [distributed_command(command, args.gpus_per_job) for command in commands]
+    return commands
+
+
+def _report(jobs: Sequence[Job], launched: Sequence[Job], args: argparse.Namespace) -> int:
+    """What became of the jobs."""
+    states = {job.output_dir: job.state for job in jobs}
+    print(f"{len(jobs)} jobs: {count_words(states)}.")
+    print_failed(jobs, states)
+    # those that were run have ended, and on a full disk one cannot even say how
+    unfinished = [job for job in launched if states[job.output_dir] is JobState.INCOMPLETE]
+    print_reasons("not finished", unfinished)
+    if JobState.DONE in states.values():
         print(f"Results: ltdr collect --input_dir {args.output_dir}")
+    bad = {JobState.FAILED, JobState.DIVERGED} & {*states.values()}
     return EXIT_FAILED if bad or unfinished else EXIT_OK
 
 
@@ -331,15 +363,21 @@ def _delete_incomplete(
         f"About to delete {len(folders)} job folders in {args.output_dir}, checkpoints included.",
         args,
     )
+    deleted = 0
     for folder in folders:
-        shutil.rmtree(folder)
-    print(f"Deleted {len(folders)} job folders.")
+        try:
+            delete_job(folder)
+            deleted += 1
+        except JobBusyError:
+            print(f"kept, as a process has begun to work on it: {folder}", file=sys.stderr)
+    print(f"Deleted {deleted} job folders.")
     return EXIT_OK
 
 
 def _confirm(what: str, args: argparse.Namespace) -> None:
     print(what, flush=True)
-    if args.skip_confirmation or (args.command_launcher == "dummy" and args.command == "launch"):
+    deletes = args.command == "delete_incomplete"
+    if args.skip_confirmation or (REGISTRY[args.command_launcher].only_shows and not deletes):
         return
     if not sys.stdin.isatty():
         raise UsageError(
@@ -352,11 +390,6 @@ def _confirm(what: str, args: argparse.Namespace) -> None:
 
 def _usable(item: FoundDataset) -> bool:
     return item.num_images > 0
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from domainbed_ext import launchers
+from domainbed_ext import jobs, launchers
 from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import JobState, mark_done, mark_failed
+from domainbed_ext.jobs import JobBusyError, JobState, job_state, mark_done, mark_failed
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.records import load_records, read_records
 from domainbed_ext.scripts.sweep import build_parser, main
@@ -35,7 +35,8 @@ def plan(*flags):
 
 def run_sweep(*flags):
     """A sweep in a process of its own, as users run it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # passive: threads that spin while others have the cores take minutes for tiny models
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "domainbed_ext.scripts.sweep", *flags]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -132,7 +133,7 @@ def test_dummy_launcher_prints_commands_and_writes_nothing(tmp_path, capsys):
 def test_a_sweep_in_worker_processes_then_again(tmp_path, capsys):
     flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
     with run_sweep(*flags, "--jobs", "2") as process:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "6 jobs: 6 done." in out
     assert len(load_records(tmp_path)) == 6 * 2
@@ -208,6 +209,131 @@ def test_status_runs_nothing(tmp_path, capsys, in_process):
     assert list(tmp_path.iterdir()) == []
 
 
+def _folders(tmp_path, flags):
+    return [tmp_path / job.output_dir.name for job in plan(*flags)]
+
+
+def test_resume_launches_what_was_interrupted_and_nothing_new(tmp_path, capsys, in_process):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
+    folders = _folders(tmp_path, flags)
+    assert len(folders) == 6
+    for folder in folders[:4]:
+        folder.mkdir()
+    mark_failed(folders[1], reason="died", message="killed")
+    mark_failed(folders[2], reason="error", message="broken")
+    mark_failed(folders[3], reason="diverged", message="nan")
+    assert main(["resume", *flags]) == 1
+    launched = [parse_args(command[3:]).output_dir for command in in_process]
+    assert launched == [str(folders[0]), str(folders[1])]
+    assert "6 jobs: 2 not launched, 2 done, 1 failed, 1 diverged." in capsys.readouterr().out
+
+    in_process.clear()
+    assert main(["resume", *flags]) == 1  # the failures are still reported
+    assert in_process == []
+    assert "Nothing to launch." in capsys.readouterr().out
+
+
+def test_retry_failed_goes_on_with_failed_jobs_and_starts_diverged_ones_afresh(
+    tmp_path, capsys, in_process
+):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
+    folders = _folders(tmp_path, flags)
+    for folder in folders[:3]:
+        folder.mkdir()
+    mark_failed(folders[1], reason="error", message="broken")
+    mark_failed(folders[2], reason="diverged", message="nan")
+    (folders[1] / "err.txt").write_text("kept\n")
+    (folders[2] / "err.txt").write_text("gone\n")
+    assert main(["retry_failed", *flags]) == 1
+    assert [parse_args(command[3:]).output_dir for command in in_process] == [str(folders[1])]
+    assert (folders[1] / "err.txt").read_text() == "kept\n"
+    assert (folders[2] / "failed").exists()
+    assert "`retry_failed --diverged` starts them afresh" in capsys.readouterr().err
+
+    in_process.clear()
+    assert main(["retry_failed", "--diverged", *flags]) == 0
+    assert [parse_args(command[3:]).output_dir for command in in_process] == [str(folders[2])]
+    assert sorted(path.name for path in folders[2].iterdir())[0] == "done"
+    assert not (
+        folders[2] / "err.txt"
+    ).exists()  # written by processes, not by these in-process runs
+    assert main(["launch", "--diverged", *flags]) == 2
+    assert "--diverged goes with retry_failed, not with launch" in capsys.readouterr().err
+
+
+def test_status_tells_how_far_running_jobs_are(tmp_path, capsys, monkeypatch):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
+    folders = _folders(tmp_path, flags)
+    for folder in folders:
+        folder.mkdir()
+    mark_failed(folders[1], reason="error", message="broken")
+    now = time.time()
+    told = {"host": "node7", "pid": 1234, "started": now - 5000, "phase": "training"}
+    monkeypatch.setattr(jobs, "is_locked", lambda folder: folder in (folders[0], folders[2]))
+    for folder, updated in ((folders[0], now - 20), (folders[2], now - 3000)):
+        progress = {**told, "updated": updated, "step": 30, "num_steps": 300, "seconds_left": 900}
+        (folder / "progress.json").write_text(json.dumps(progress))
+    assert main(["status", *flags]) == 0
+    captured = capsys.readouterr()
+    first, second = (
+        next(line for line in captured.out.splitlines() if folder.name[:8] in line)
+        for folder in (folders[0], folders[2])
+    )
+    assert "ERM_ViT on Debug28, test 0, hparams 0, trial 0" in first
+    for words in ("30 of 300", "15 min", "node7", "1234", "20 s ago"):
+        assert words in first
+    assert "50 min ago: stuck, or its machine is gone?" in second
+    assert "broken" in captured.err
+
+
+def test_a_job_in_use_is_not_deleted(tmp_path, capsys, monkeypatch):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
+    folders = _folders(tmp_path, flags)
+    for folder in folders[:2]:
+        folder.mkdir()
+    real = jobs.job_lock
+
+    def begun_by_another(folder):
+        if folder == folders[0]:
+            raise JobBusyError("in use")
+        return real(folder)
+
+    monkeypatch.setattr(jobs, "job_lock", begun_by_another)
+    assert main(["delete_incomplete", *flags]) == 0
+    captured = capsys.readouterr()
+    assert "Deleted 1 job folders." in captured.out
+    assert f"kept, as a process has begun to work on it: {folders[0]}" in captured.err
+    assert [folder.exists() for folder in folders] == [True, False, False]
+
+
+def test_two_sweeps_share_the_jobs_and_one_takes_over_what_the_other_leaves(tmp_path):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path), "--jobs", "2"]
+    flags[flags.index("--steps") + 1] = "100"  # enough for jobs to be caught at work
+    folders = _folders(tmp_path, flags)
+    with contextlib.ExitStack() as processes:
+        first = processes.enter_context(run_sweep(*flags))
+        wait_for(lambda: all((folder / "lock").exists() for folder in folders[:2]))
+        group = [first.pid, *workers_of(first.pid)]
+        for pid in group:
+            processes.callback(kill, pid)
+            os.kill(pid, signal.SIGSTOP)
+        second = processes.enter_context(run_sweep(*flags))
+        processes.callback(second.kill)
+        wait_for(lambda: (folders[2] / "done").exists())
+        assert [job_state(folder) for folder in folders[:2]] == [JobState.RUNNING] * 2
+        for pid in group:
+            kill(pid)
+        out, err = second.communicate(timeout=300)
+    assert second.returncode == 0, err
+    assert "3 jobs: 3 done." in out
+    assert "waiting for 2 jobs that other processes run" in err
+    assert (folders[2] / "out.txt").read_text().count("Environment:") == 1
+    for folder in folders:
+        steps = [record["step"] for record in read_records(folder / "results.jsonl")]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 99
+
+
 def test_without_a_terminal_nobody_can_confirm(tmp_path, capsys, monkeypatch):
     flags = [*DEBUG[:-1], "--algorithms", "LTDR", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
@@ -268,11 +394,11 @@ def test_a_killed_worker_is_replaced_and_ctrl_c_stops_cleanly(tmp_path):
     long = [*DEBUG, "--steps", "100000", "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
     with run_sweep(*long, "--jobs", "1") as process:
         first = wait_for(lambda: next(tmp_path.glob("*/results.jsonl"), None))
-        os.kill(worker_of(process.pid), signal.SIGKILL)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
         # The job is marked and the next one runs, in a new worker.
         wait_for(lambda: (first.parent / "failed").exists())
         wait_for(lambda: len(list(tmp_path.glob("*/results.jsonl"))) == 2)
-        worker = worker_of(process.pid)
+        (worker,) = workers_of(process.pid)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -313,7 +439,7 @@ def test_flags_are_frozen():
     ).split()
     ours = (
         "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
-        "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes"
+        "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes diverged wait"
     ).split()
     flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
     assert flags == {*upstream, *ours}
@@ -334,13 +460,18 @@ def _moved(job, folder):
     return type(job)(job.train_args, folder / job.output_dir.name)
 
 
-def worker_of(pid):
+def workers_of(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return next(pid for pid, command in commands.items() if b"spawn_main" in command)
+    return [pid for pid, command in commands.items() if b"spawn_main" in command]
 
 
-def wait_for(condition, seconds=90):
+def kill(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < end, "waited in vain"

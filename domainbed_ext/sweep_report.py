@@ -1,0 +1,107 @@
+"""What a sweep says of its jobs: how many are in which state, how far running ones are, why others
+failed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from domainbed_ext.display import format_seconds
+from domainbed_ext.jobs import Job, JobState, job_label
+from domainbed_ext.progress_file import RunProgress, read_progress
+
+SILENT_SECONDS = 600  # a process that lives writes its progress far more often
+
+States = Mapping[Path, JobState]
+
+
+def print_jobs(jobs: Sequence[Job], states: States) -> None:
+    """A table of data set x algorithm, with the number of jobs in each state."""
+    table = _table(f"{len(jobs)} jobs", "data set", "algorithm")
+    table.add_column("jobs", justify="right")
+    shown = [state for state in JobState if state in states.values()]
+    for state in shown:
+        table.add_column(state.value.lower(), justify="right")
+    rows: dict[tuple[str, str], Counter[JobState]] = {}
+    for job in jobs:
+        pair = (job.train_args["dataset"], job.train_args["algorithm"])
+        rows.setdefault(pair, Counter())[states[job.output_dir]] += 1
+    for pair, counts in rows.items():
+        cells = [str(counts[state] or "-") for state in shown]
+        table.add_row(*pair, str(counts.total()), *cells)
+    _console(120).print(table)
+
+
+def print_running(jobs: Sequence[Job], states: States) -> None:
+    """A line per running job: who works on it, how far it is, when it was last heard of."""
+    running = [job for job in jobs if states[job.output_dir] is JobState.RUNNING]
+    if not running:
+        return
+    table = _table("running", "folder", "job", "step", "left", "host", "process", "last heard of")
+    now = time.time()
+    for job in running:
+        progress = read_progress(job.output_dir)
+        cells = ["?"] * 5 if progress is None else _progress_cells(progress, now)
+        table.add_row(f"{job.output_dir.name[:8]}..", job_label(job.args), *cells)
+    _console(200).print(table)
+
+
+def _progress_cells(progress: RunProgress, now: float) -> list[str]:
+    step = progress.phase
+    if progress.num_steps:
+        doing = "" if progress.phase == "training" else f", {progress.phase}"
+        step = f"{progress.step} of {progress.num_steps}{doing}"
+    left = "?" if progress.seconds_left is None else format_seconds(progress.seconds_left)
+    silent = max(now - progress.updated, 0.0)  # clocks of two machines differ a little
+    heard = f"{format_seconds(silent)} ago"
+    if silent > SILENT_SECONDS:
+        heard += ": stuck, or its machine is gone?"
+    return [step, left, progress.host, str(progress.pid), heard]
+
+
+def print_failed(jobs: Sequence[Job], states: States) -> None:
+    """Failed jobs with the reason, on stderr, and what to do about those that diverged."""
+    bad = (JobState.FAILED, JobState.DIVERGED)
+    print_reasons("failed", [job for job in jobs if states[job.output_dir] in bad])
+    if JobState.DIVERGED in states.values():
+        print(
+            "Diverged jobs would diverge again, so launching leaves them alone; "
+            "`retry_failed --diverged` starts them afresh, `delete_incomplete` removes them.",
+            file=sys.stderr,
+        )
+
+
+def print_reasons(word: str, jobs: Sequence[Job]) -> None:
+    """Jobs with their folder and the last line of their err.txt, on stderr."""
+    for job in jobs:
+        print(
+            f"{word}: {job.output_dir} ({job_label(job.args)})\n    {job.last_error_line()}",
+            file=sys.stderr,
+        )
+
+
+def count_words(states: States) -> str:
+    """How many jobs are in which state: "2 done, 1 failed"."""
+    counts = Counter(states.values())
+    return ", ".join(
+        f"{counts[state]} {state.value.lower()}" for state in JobState if counts[state]
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False)
+    for name in columns:
+        table.add_column(name)
+    return table
+
+
+def _console(width: int) -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
