@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from domainbed_ext.costs import costs_frame
 from domainbed_ext.differences import differences_frame
 from domainbed_ext.published import NOT_STATED, published_frame
 from domainbed_ext.records import JobCount, Record
@@ -18,6 +19,7 @@ from domainbed_ext.table_names import dataset_names
 from domainbed_ext.tables import averages_frame, emojidg_frame, results_frame
 from domainbed_ext.text_tables import (
     TextTable,
+    costs_table,
     difference_tables,
     emojidg_table,
     pivot_table,
@@ -35,6 +37,8 @@ class Report:
     emojidg: pd.DataFrame
     differences: pd.DataFrame | None = None
     published: pd.DataFrame | None = None
+    costs: pd.DataFrame | None = None
+    costs_relative_to: str | None = None
     jobs: JobCount | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -46,6 +50,7 @@ def make_report(
     selection: Selection = None,
     baseline: str | None = None,
     published: Iterable[str] | None = None,
+    costs_relative_to: str | None = None,
     allow_mixed: bool = False,
     notes: Iterable[str] = (),
 ) -> Report:
@@ -57,6 +62,7 @@ def make_report(
         selection: One or several selection methods, by class or name; None: all three.
         baseline: An algorithm that the others are compared with; see `differences_frame`.
         published: Sources of `published_frame` to print beside the results; none of them: all.
+        costs_relative_to: An algorithm whose time per step is 1; see `costs_frame`.
         allow_mixed: Average even over records from different copies of the data or different
             weights.
         notes: What else to say below the tables.
@@ -84,6 +90,10 @@ def make_report(
         emojidg=emojidg_frame(records, selection=methods, allow_mixed=allow_mixed),
         differences=differences,
         published=beside,
+        costs=None
+        if costs_relative_to is None
+        else costs_frame(records, relative_to=costs_relative_to),
+        costs_relative_to=costs_relative_to,
         jobs=jobs,
         notes=notes,
     )
@@ -115,6 +125,9 @@ def report_tables(report: Report) -> list[TextTable]:
         if averages["dataset"].nunique() > 1:
             title = f"Mean over domains in %, of trials with every domain, selected by {method}"
             tables.append(pivot_table(averages, "dataset", title))
+    if report.costs is not None and report.costs_relative_to is not None:
+        for dataset, costs in report.costs.groupby("dataset", sort=False):
+            tables.append(costs_table(costs, str(dataset), report.costs_relative_to))
     return tables
 
 
@@ -130,6 +143,14 @@ def report_rows(report: Report) -> pd.DataFrame:
         frames.append(differences.assign(metric=differences["metric"] + "_difference"))
     if report.published is not None:
         frames.append(report.published.assign(metric="published_accuracy", reason=""))
+    if report.costs is not None:
+        melted = report.costs.melt(
+            ["dataset", "algorithm"],
+            ["experts_per_token", "relative_step_time"],
+            var_name="metric",
+            value_name="mean",
+        )
+        frames.append(melted.assign(reason=""))
     rows = pd.concat([frame for frame in frames if not frame.empty], ignore_index=True)
     return rows.astype({"trials": "Int64"})
 

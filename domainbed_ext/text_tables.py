@@ -59,6 +59,28 @@ def emojidg_table(frame: pd.DataFrame, title: str) -> TextTable:
     return TextTable(title, header, rows, notes, labels=2)
 
 
+def costs_table(frame: pd.DataFrame, dataset: str, relative_to: str) -> TextTable:
+    """A row per algorithm of one data set; what `costs_frame` says."""
+    rows = [
+        [
+            str(row.algorithm),
+            "-" if pd.isna(row.experts_per_token) else f"{row.experts_per_token:.2f}",
+            "-" if pd.isna(row.relative_step_time) else f"{row.relative_step_time:.2f}",
+            str(row.jobs),
+        ]
+        for row in frame.itertuples()
+    ]
+    return TextTable(
+        f"{dataset}: what a step costs",
+        ["Algorithm", "experts per token", f"time / {relative_to}'s", "jobs"],
+        rows,
+        [
+            "experts per token: routed ones, a mean over training; -: a dense model",
+            "times of the jobs as they ran, not side by side",
+        ],
+    )
+
+
 def difference_tables(frame: pd.DataFrame, dataset: str, method: str) -> list[TextTable]:
     """Of the rows of one data set and method: accuracy per domain and, where concepts are kept
     apart, the other metrics.

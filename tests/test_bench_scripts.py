@@ -15,7 +15,7 @@ def bench_dispatch(monkeypatch):
     import bench_dispatch
 
     yield bench_dispatch
-    for name in ("bench_dispatch", "bench_train", "benchmarking"):
+    for name in ("bench_dispatch", "bench_train", "bench_routers", "benchmarking"):
         sys.modules.pop(name, None)
 
 
@@ -64,3 +64,24 @@ def test_whole_steps(bench_dispatch, tmp_path):
     assert dense["model"] == "dense"
     assert 1 < float(sparse["flop_ratio"]) < 4
     assert 2 <= float(sparse["experts_per_token"]) <= 4
+
+
+def test_routers_are_compared_with_gmoe(bench_dispatch, tmp_path, capsys):
+    import bench_routers
+
+    path = tmp_path / "rows.csv"
+    small = ["--dataset", "Debug28", "--image_size", "28", "--batch_size", "2", "--rounds", "1"]
+    names = ["ERM_ViT", "TASK"]
+    assert bench_routers.main(["--algorithms", *names, *small, "--output", str(path)]) == 0
+    with path.open(newline="") as file:
+        rows = {row["algorithm"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["GMOE", *names]
+    assert float(rows["GMOE"]["time"]) == 1
+    assert rows["ERM_ViT"]["experts"] == ""
+    assert float(rows["TASK"]["experts"]) == 2
+    # two sparse layers: five further experts of 64 x 256 each, and what routes to them
+    dense = int(rows["ERM_ViT"]["parameters"])
+    assert int(rows["ERM_ViT"]["extra"]) == 0
+    experts = 2 * 5 * (2 * 64 * 256 + 64 + 256)
+    gate = 2 * (64 * 256 + 256 + 256 * 6 + 1)
+    assert int(rows["GMOE"]["parameters"]) == dense + experts + gate

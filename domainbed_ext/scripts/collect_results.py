@@ -76,6 +76,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         f"among them (default: all of {', '.join(published_sources())})",
     )
     parser.add_argument(
+        "--costs",
+        metavar="ALGORITHM",
+        help="add a table of what a step costs: experts per token, and time over that of this "
+        "algorithm",
+    )
+    parser.add_argument(
         "--allow-mixed",
         "--allow_mixed",
         action="store_true",
@@ -135,7 +141,7 @@ def collect(args: argparse.Namespace) -> None:
             "drop one of them (--format latex prints tables to include in a paper)"
         )
     as_domainbed = args.latex or args.format == "domainbed"
-    for name in ("baseline", "published"):
+    for name in ("baseline", "published", "costs"):
         if as_domainbed and getattr(args, name) is not None:
             raise UsageError(
                 f"--{name} adds tables that DomainBed's text does not have; choose another --format"
@@ -157,6 +163,7 @@ def collect(args: argparse.Namespace) -> None:
             selection=methods,
             baseline=args.baseline,
             published=args.published,
+            costs_relative_to=args.costs,
             allow_mixed=args.allow_mixed,
             notes=[f"{note} and was left out" for note in sweep.copies],
         )
