@@ -25,6 +25,8 @@ from tests.oracle import dense_moe
 
 ROUTERS = {
     "instruct": {"router": "instruct", "gate": "linear"},
+    "dtr": {"router": "dtr"},
+    "dtr_modality": {"router": "dtr", "router_options": {"hypernetworks": "modality"}},
 }
 DIM, BATCH, LENGTH = 16, 3, 6
 P, V, T = int(Modality.PADDING), int(Modality.VISION), int(Modality.LANGUAGE)

@@ -7,7 +7,7 @@ from domainbed_ext.scripts.train import train
 
 # What 200 steps of the defaults were measured to reach on the digits turned by 45 degrees, an angle
 # that no training image has; seed 0, one thread. The dense ViT: .846, LTDR: .867.
-MEASURED = {"INSTRUCT": 0.858}
+MEASURED = {"INSTRUCT": 0.858, "DYNAMIC": 0.863, "EVOMOE": 0.658}
 
 
 @pytest.mark.slow
