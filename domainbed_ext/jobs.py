@@ -44,11 +44,12 @@ OUT_FILE = "out.txt"
 ERR_FILE = "err.txt"
 
 TASKS = ("domain_generalization", "domain_adaptation")
+ALL_SPLITS, NEEDED_SPLITS = EVAL_SPLITS = ("all", "needed")
 
 # How a run is carried out, not which run it is: never in records and job names, as DomainBed has no
 # such flags.
 _NOT_RECORDED = (
-    *("device", "num_workers", "distributed", "checkpoint_minutes"),
+    *("device", "num_workers", "distributed", "checkpoint_minutes", "eval_splits"),
     *("image_cache", "image_cache_dir", "image_cache_gb"),
     *("no_tensorboard", "wandb"),
 )
@@ -109,6 +110,7 @@ class TrainArgs:
     no_tensorboard: bool = False
     wandb: str | None = None
     checkpoint_minutes: float = 10.0
+    eval_splits: str = "all"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test_envs", tuple(self.test_envs))

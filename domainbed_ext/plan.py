@@ -1,4 +1,7 @@
-"""Which jobs a sweep consists of: DomainBed's combinations, arguments and folder names."""
+"""Which jobs a sweep consists of: DomainBed's combinations, arguments and folder names.
+
+A sweep that says by which methods models will be selected has only the jobs that these need.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,30 @@ from typing import Any
 
 from domainbed_ext.datasets import num_environments
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import Job
+from domainbed_ext.jobs import ALL_SPLITS, EVAL_SPLITS, NEEDED_SPLITS, Job
 from domainbed_ext.seeds import seed_hash
+from domainbed_ext.selection import SELECTION_METHODS, SelectionMethod, get_selection_method
 
 CEILING_DATASETS = ("EmojiDG", "EmojiDG6")
+
+
+def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what will not be needed."""
+    parser.add_argument(
+        "--selection",
+        nargs="+",
+        metavar="METHOD",
+        help="only what these selection methods need, of "
+        f"{', '.join(method.short_name for method in SELECTION_METHODS)} (default: all jobs, all "
+        "splits evaluated, for any method)",
+    )
+    parser.add_argument(
+        "--eval_splits",
+        choices=EVAL_SPLITS,
+        help="what jobs evaluate: all splits of all domains, or only those that selection methods "
+        "read, which leaves out the images that were trained on (default: needed with "
+        "--selection, else all)",
+    )
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
@@ -28,6 +51,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         "num_workers": args.num_workers,
         "skip_model_save": args.skip_model_save,
         "checkpoint_minutes": args.checkpoint_minutes,
+        "eval_splits": args.eval_splits or (NEEDED_SPLITS if args.selection else ALL_SPLITS),
         "image_cache": args.image_cache,
         "image_cache_dir": args.image_cache_dir,
         "image_cache_gb": args.image_cache_gb,
@@ -71,14 +95,49 @@ def test_env_choices(dataset: str, args: argparse.Namespace) -> Iterator[list[in
             f"--test_envs {' '.join(map(str, args.test_envs))} is out of range for {dataset}; "
             f"it has domains 0 to {num - 1}"
         )
-    if num < 3 and not args.single_test_envs:
+    with_pairs = has_pairs(args)
+    if num < 3 and with_pairs:
         raise UsageError(
             f"{dataset} has {num} domains, too few to hold out pairs; pass --single_test_envs"
         )
     for first in range(num):
-        pairs = (
-            [] if args.single_test_envs else [[first, second] for second in range(first + 1, num)]
-        )
+        pairs = [[first, second] for second in range(first + 1, num)] if with_pairs else []
         yield from (envs for envs in [[first], *pairs] if wanted & set(envs))
     if args.ceiling or (args.ceiling is None and dataset in CEILING_DATASETS):
         yield []
+
+
+def has_pairs(args: argparse.Namespace) -> bool:
+    """Whether pairs of domains are held out too: unless told otherwise, or no method needs them."""
+    methods = _selection_methods(args)
+    needing = [method for method in methods if method.needs_pairs]
+    if args.single_test_envs and needing:
+        raise UsageError(
+            f"--single_test_envs leaves out the pairs of test domains that {needing[0].name} needs;"
+            " drop it, or choose another --selection"
+        )
+    return not args.single_test_envs and (not methods or bool(needing))
+
+
+def pruning_words(args: argparse.Namespace, num_jobs: int) -> list[str]:
+    """What --selection saves, in a line each."""
+    methods = _selection_methods(args)
+    lines = []
+    if methods and not args.single_test_envs and not has_pairs(args):
+        names = " and ".join(method.name for method in methods)
+        every = argparse.Namespace(**{**vars(args), "selection": None})
+        try:
+            instead = f": {num_jobs} jobs instead of {len(make_jobs(every))}"
+        except UsageError:  # pairs could not be held out at all
+            instead = ""
+        lines.append(f"pairs of test domains are not needed for {names}{instead}")
+    if methods and args.eval_splits in (None, NEEDED_SPLITS):
+        lines.append(
+            "images that are trained on are not evaluated, no selection method needs them "
+            f"(--eval_splits {ALL_SPLITS} does)"
+        )
+    return lines
+
+
+def _selection_methods(args: argparse.Namespace) -> list[type[SelectionMethod]]:
+    return [get_selection_method(name) for name in dict.fromkeys(args.selection or ())]

@@ -28,6 +28,7 @@ from domainbed_ext.records import Record, of_deployed_weights, weights_of
 SPLITS = ("in", "out", "test")
 
 _OUT_ACC = re.compile(r"env(\d+)_out_acc")
+_SPLIT = re.compile(r"env(\d+)_(\w+)")
 _SPLIT_ACC = re.compile(r"env(\d+)_(in|out)_acc")
 
 
@@ -49,6 +50,7 @@ class SelectionMethod:
 
     name: ClassVar[str]
     short_name: ClassVar[str]
+    needs_pairs: ClassVar[bool] = False  # of test environments, besides each alone
 
     @classmethod
     def run_acc(cls, records: Sequence[Record]) -> Accuracy | None:
@@ -111,6 +113,7 @@ class LeaveOneDomainOut(SelectionMethod):
 
     name = "leave-one-domain-out cross-validation"
     short_name = "leave-one-out"
+    needs_pairs = True
 
     @classmethod
     def run_acc(cls, records: Sequence[Record]) -> Accuracy | None:
@@ -193,6 +196,27 @@ def selection_methods(selection: Selection) -> list[type[SelectionMethod]]:
     return [
         get_selection_method(method) if isinstance(method, str) else method for method in several
     ]
+
+
+def needed_splits(names: Iterable[str], test_envs: Sequence[int]) -> list[str]:
+    """Those of a run's splits whose accuracies any rule reads, DomainBed's own code included.
+
+    These are the held-out part of every domain and all that a tested domain has: the images that
+    were trained on, most of the data, are not among them. A run that trained on every domain is
+    tested on each.
+
+    Args:
+        names: Such as "env0_in".
+        test_envs: Of the run.
+    """
+    matches = {name: _SPLIT.fullmatch(name) for name in names}
+    parts = {name: (int(match[1]), match[2]) for name, match in matches.items() if match}
+    has_unseen = any(kind == "unseen" for _, kind in parts.values())
+    if test_envs:
+        tested = {(env, kind) for env in test_envs for kind in ("in", "unseen")}
+    else:
+        tested = {(env, "unseen" if has_unseen else "in") for env, _ in parts.values()}
+    return [name for name, part in parts.items() if part[1] == "out" or part in tested]
 
 
 def num_environments(records: Sequence[Record]) -> int:

@@ -85,7 +85,7 @@ def explain_missing(
     if not with_env:
         return (
             "leave-one-domain-out needs the runs with two test environments "
-            "(a sweep without --single_test_envs)"
+            "(a sweep with --selection leave-one-out, or without --single_test_envs)"
         )
     others = [other for other in range(num_environments(single)) if other != env]
     missing = [

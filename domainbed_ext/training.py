@@ -2,7 +2,7 @@
 record, every few minutes, and where a signal asked for an end.
 
 The loop is DomainBed's: one batch per training domain and step; at every `checkpoint_freq`-th step
-and at the last one, all splits of all domains are evaluated and one record is appended. Where we
+and at the last one, the splits of all domains are evaluated and one record is appended. Where we
 differ: validation images are not augmented, a run goes on where it was stopped, a loss that is not
 finite ends it, and with SWAD a last record is that of the averaged weights.
 """
@@ -42,6 +42,7 @@ from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate
 from domainbed_ext.jobs import (
     CHECKPOINT_FILE,
+    NEEDED_SPLITS,
     DivergedError,
     check_same_run,
     mark_done,
@@ -60,6 +61,7 @@ from domainbed_ext.records import (
 )
 from domainbed_ext.runs import Run, reproducible_kernels
 from domainbed_ext.saved_models import save_algorithm
+from domainbed_ext.selection import needed_splits
 from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
 from domainbed_ext.tracking import tracked
 from domainbed_ext.weight_averaging import RAW, ValleyAverage, renew_batch_norm_
@@ -328,7 +330,10 @@ def _further_images(run: Run) -> Iterator[torch.Tensor]:
 
 
 def _evaluators(run: Run) -> dict[str, EvalBatches]:
-    return {name: _eval_batches(run, split) for name, split in run.splits.items()}
+    names = list(run.splits)
+    if run.args.eval_splits == NEEDED_SPLITS:
+        names = needed_splits(names, run.args.test_envs)
+    return {name: _eval_batches(run, run.splits[name]) for name in names}
 
 
 def _train_loaders(run: Run, start: int) -> list[TrainBatches]:

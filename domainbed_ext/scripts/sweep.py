@@ -27,7 +27,7 @@ from domainbed_ext.jobs import (
     delete_job,
 )
 from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, Launcher
-from domainbed_ext.plan import make_jobs
+from domainbed_ext.plan import add_pruning_flags, make_jobs, pruning_words
 from domainbed_ext.scripts.train import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -74,6 +74,10 @@ examples:
 
   the full protocol on PACS (20 draws, 3 trials, pairs of test domains too: 600 jobs per algorithm):
     ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs
+
+  the same for one way to select models (240 jobs per algorithm, at less than half the price each):
+    ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs \\
+        --selection training-domain
 
   each job on two GPUs at once, experts shared between them:
     ltdr sweep --algorithms LTDR --datasets DomainNet --data_dir data --gpus_per_job 2 \\
@@ -196,6 +200,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="MINUTES",
         help="write checkpoints that often between evaluations too (default: 10)",
     )
+    add_pruning_flags(parser)
     add_flags(parser)
     add_tracker_flags(parser)
     for launcher in REGISTRY.values():
@@ -243,6 +248,8 @@ def sweep(args: argparse.Namespace) -> int:
     states = {job.output_dir: job.state for job in jobs}
     _print_data(args, found, name_absent=choose_all)
     print_jobs(jobs, states)
+    for line in pruning_words(args, len(jobs)):
+        print(line)
     if args.command == "status":
         print_running(jobs, states)
         print_failed(jobs, states)

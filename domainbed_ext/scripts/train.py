@@ -36,6 +36,7 @@ from domainbed_ext.hparams import (
 )
 from domainbed_ext.jobs import (
     DONE_FILE,
+    EVAL_SPLITS,
     FAILED_FILE,
     TASKS,
     DivergedError,
@@ -179,6 +180,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="write a checkpoint that often between evaluations too, which changes no number; inf: "
         "at evaluations only (default: 10)",
     )
+    parser.add_argument(
+        "--eval_splits",
+        default=default.eval_splits,
+        choices=EVAL_SPLITS,
+        help="what to evaluate: all splits of all domains as DomainBed does, or only those that "
+        "selection methods read, which leaves out the images that were trained on (default: all)",
+    )
     add_flags(parser)
     add_tracker_flags(parser)
     parser.add_argument(
@@ -314,6 +322,10 @@ def check_args(args: TrainArgs) -> dict[str, Any]:
         )
     if args.task not in TASKS:
         raise UsageError(f"--task {args.task} is unknown; choose one of {', '.join(TASKS)}")
+    if args.eval_splits not in EVAL_SPLITS:
+        raise UsageError(
+            f"--eval_splits {args.eval_splits} is unknown; choose one of {', '.join(EVAL_SPLITS)}"
+        )
     for name, least in (("steps", 1), ("checkpoint_freq", 1), ("num_workers", 0), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -348,7 +360,8 @@ def _check_finished(
         wanted["hparams.schedule_steps"] = found.get("hparams.schedule_steps")
     check_same_run(folder, found=found, wanted=wanted)
     last = (args.steps or get_dataset_class(args.dataset).N_STEPS) - 1
-    if records[-1]["step"] != last:
+    # SWAD may end a run before, as no further step would count
+    if records[-1]["step"] != last and found.get("hparams.weight_averaging") != "swad":
         raise UsageError(
             f"{folder} is marked as done and its records end at step {records[-1]['step']}, not "
             f"{last}; delete that folder to run the job again"

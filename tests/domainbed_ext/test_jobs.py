@@ -90,6 +90,7 @@ def test_folder_names_are_domainbeds(algorithm, seed, name):
             no_tensorboard=True,
             wandb="a project",
             checkpoint_minutes=0.5,
+            eval_splits="needed",
             output_dir="some where",
         ),
     ],

@@ -16,6 +16,7 @@ from domainbed_ext.selection import (
     Oracle,
     TrainingDomainValidation,
     get_selection_method,
+    needed_splits,
 )
 
 NAN = math.nan
@@ -176,10 +177,45 @@ def _random_sweep(seed):
     return records
 
 
+def _pruned(record):
+    """A record of a run that evaluated the needed splits only."""
+    accs = [key for key in record if key.startswith("env")]
+    names = [key.removesuffix("_acc") for key in accs]
+    kept = {f"{name}_acc" for name in needed_splits(names, record["args"]["test_envs"])}
+    return {key: value for key, value in record.items() if key not in accs or key in kept}
+
+
+def test_the_needed_splits_are_validation_and_test():
+    names = [f"env{env}_{kind}" for kind in ("in", "out") for env in range(3)] + ["env1_uda"]
+    outs = ["env0_out", "env1_out", "env2_out"]
+    assert needed_splits(names, [1]) == ["env1_in", *outs]
+    assert needed_splits(names, [0, 2]) == ["env0_in", "env2_in", *outs]
+    # Trained on all domains, tested on each: the ceiling.
+    assert needed_splits(names, []) == ["env0_in", "env1_in", "env2_in", *outs]
+    emoji = [f"env{env}_{kind}" for kind in ("in", "out", "unseen") for env in range(2)]
+    assert needed_splits(emoji, [1]) == ["env1_in", "env0_out", "env1_out", "env1_unseen"]
+    assert needed_splits(emoji, []) == ["env0_out", "env1_out", "env0_unseen", "env1_unseen"]
+
+
+def test_what_is_not_needed_changes_no_choice():
+    found = []
+    for records in [hand_made_records(), *map(_random_sweep, range(20))]:
+        pruned = [_pruned(record) for record in records]
+        assert len(pruned[0]) < len(records[0])
+        for whole, part in zip(group_records(records), group_records(pruned), strict=True):
+            for method in SELECTION_METHODS:
+                found.append(method.sweep_acc(whole.records))
+                assert method.sweep_acc(part.records) == found[-1]
+    assert sum(acc is not None for acc in found) > 100
+
+
 @pytest.mark.upstream
 @needs_upstream
-def test_random_sweeps_are_judged_as_upstream_does():
+@pytest.mark.parametrize("prune", [False, True])
+def test_random_sweeps_are_judged_as_upstream_does(prune):
     sweeps = [_random_sweep(seed) for seed in range(40)]
+    if prune:
+        sweeps = [[_pruned(record) for record in records] for records in sweeps]
     code = """
 from domainbed import model_selection
 from domainbed.lib import reporting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from domainbed_ext import jobs, launchers
 from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import JobBusyError, JobState, job_state, mark_done, mark_failed
-from domainbed_ext.plan import make_jobs
+from domainbed_ext.plan import make_jobs, pruning_words
 from domainbed_ext.records import load_records, read_records
+from domainbed_ext.scripts.collect_results import main as collect
 from domainbed_ext.scripts.sweep import build_parser, main
 from domainbed_ext.scripts.train import parse_args
 from domainbed_ext.scripts.train import train as run_train
@@ -102,6 +104,88 @@ def test_only_jobs_on_given_test_environments():
     assert _envs(plan(*flags, "--test_envs", "0", "2", "--single_test_envs")) == [[0], [2]]
     with pytest.raises(UsageError, match="out of range for Debug28; it has domains 0 to 2"):
         plan(*flags, "--test_envs", "3")
+
+
+TWO_DRAWS = "--algorithms LTDR --n_hparams 2 --n_trials 3".split()
+
+
+@pytest.mark.parametrize(
+    ("selection", "pairs"),
+    [
+        (["training-domain"], False),
+        (["oracle"], False),
+        (["iid", "oracle"], False),
+        (["leave-one-out"], True),
+        (["leave-one-domain-out"], True),
+        (["training-domain", "loo"], True),
+        (["training-domain validation set"], False),
+    ],
+)
+def test_a_sweep_for_some_selection_methods_has_the_jobs_they_need(selection, pairs):
+    flags = [*TWO_DRAWS, "--datasets", "PACS"]
+    every, alone = plan(*flags), plan(*flags, "--single_test_envs")
+    jobs = plan(*flags, "--selection", *selection)
+    # The same names, so that a sweep can be widened later.
+    expected = every if pairs else alone
+    assert [job.output_dir for job in jobs] == [job.output_dir for job in expected]
+    assert {job.args.eval_splits for job in jobs} == {"needed"}
+    assert {job.args.eval_splits for job in every} == {"all"}
+    widened = plan(*flags, "--selection", *selection, "--eval_splits", "all")
+    assert {job.args.eval_splits for job in widened} == {"all"}
+    assert [job.output_dir for job in widened] == [job.output_dir for job in jobs]
+
+
+def test_a_selection_method_on_some_domains_has_the_jobs_it_needs():
+    flags = ["--algorithms", "LTDR", "--datasets", "PACS", *ONE_EACH[:4], "--test_envs", "2"]
+    assert _envs(plan(*flags, "--selection", "oracle")) == [[2]]
+    envs = _envs(plan(*flags, "--selection", "leave-one-out"))
+    assert envs == [[0, 2], [1, 2], [2], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ["--selection", "training-domain"],
+            [
+                "pairs of test domains are not needed for training-domain validation set: 24 jobs "
+                "instead of 60",
+                "images that are trained on are not evaluated, no selection method needs them "
+                "(--eval_splits all does)",
+            ],
+        ),
+        (["--selection", "loo"], ["images that are trained on are not evaluated"]),
+        (["--selection", "loo", "--eval_splits", "all"], []),
+        (["--selection", "oracle", "--single_test_envs", "--eval_splits", "all"], []),
+        (["--eval_splits", "needed"], []),
+        ([], []),
+    ],
+)
+def test_the_plan_says_what_a_selection_method_saves(flags, expected):
+    args = build_parser().parse_args([*TWO_DRAWS, "--datasets", "PACS", *flags])
+    lines = pruning_words(args, len(make_jobs(args)))
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
+
+
+def test_a_sweep_for_one_selection_method_is_tabulated(tmp_path, capsys, in_process):
+    base = "--datasets Debug28 --algorithms ERM_ViT --n_hparams 1 --n_trials 1 --steps 3".split()
+    flags = [*base, "--device", "cpu", "--skip_confirmation", "--output_dir", str(tmp_path)]
+    assert main([*flags, "--selection", "training-domain"]) == 0
+    assert "3 jobs instead of 6" in capsys.readouterr().out
+    assert collect(["--input_dir", str(tmp_path), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    means = {row["selection"]: row["mean"] for row in rows if row["environment"] == "Avg"}
+    assert means["training-domain validation set"]
+    assert means["test-domain validation set (oracle)"]
+    reasons = {row["reason"] for row in rows if row["selection"].startswith("leave-one")}
+    assert any("a sweep with --selection leave-one-out" in reason for reason in reasons)
+    # Widened later, it runs the pairs and nothing else.
+    in_process.clear()
+    assert main([*flags, "--selection", "leave-one-out"]) == 0
+    envs = [parse_args(command[3:]).test_envs for command in in_process]
+    assert envs == [(0, 1), (0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +274,7 @@ def test_a_job_that_could_not_say_why_it_ended_is_reported(tmp_path, capsys, mon
     class OnAFullDisk(launchers.Launcher):
         def launch(self, commands):
             folder = Path(parse_args(commands[0][3:]).output_dir)
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             (folder / "err.txt").write_text("error: cannot write the checkpoint\n")
 
     monkeypatch.setitem(launchers.REGISTRY, "local", OnAFullDisk)
@@ -374,6 +458,8 @@ BAD_INPUT = {
     "JSON": (["--hparams", "{"], "JSON"),
     "missing data": (["--datasets", "PACS", "--data_dir", "/nowhere"], "ltdr download PACS"),
     "no jobs": (["--n_hparams_from", "3"], "make no job"),
+    "selection": (["--selection", "best"], "unknown selection method 'best'"),
+    "pairs": (["--selection", "leave-one-out"], "--single_test_envs leaves out the pairs"),
     "workers": (["--jobs", "0"], "--jobs 0 is too small"),
 }
 
@@ -439,7 +525,8 @@ def test_flags_are_frozen():
     ).split()
     ours = (
         "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
-        "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes diverged wait"
+        "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes diverged wait "
+        "selection eval_splits"
     ).split()
     flags = {action.dest for action in build_parser()._actions if action.dest != "help"}
     assert flags == {*upstream, *ours}

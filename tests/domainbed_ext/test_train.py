@@ -463,6 +463,36 @@ def test_the_saved_model_predicts_what_the_records_say(tmp_path):
     assert info["model_hparams"] == records[-1]["hparams"]
 
 
+def test_only_the_needed_splits_are_evaluated_when_told_so(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", test_envs=(1,))
+    seen = []
+    real = training.evaluate
+
+    def evaluate(algorithm, loaders, **rest):
+        seen.append(list(loaders))
+        return real(algorithm, loaders, **rest)
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    part = run(tmp_path / "part", test_envs=(1,), eval_splits="needed")
+    assert seen == [["env1_in", "env0_out", "env1_out", "env2_out"]] * 3
+    left_out = {f"env{env}_in_{kind}" for env in (0, 2) for kind in ("acc", "class_acc")}
+    assert {*whole[0]} - {*part[0]} == left_out
+    # Which evaluations are made is no part of the run, and changes nothing else.
+    for record in whole:
+        for key in left_out:
+            del record[key]
+    assert comparable(part) == comparable(whole)
+
+
+def test_a_run_may_go_on_with_other_evaluations(tmp_path):
+    expected = run(tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(_args(tmp_path / "parts", eval_splits="needed"), progress=stop_at(4))
+    records = run(tmp_path / "parts")
+    assert ["env1_in_acc" in record for record in records] == [False, False, True]
+    assert comparable(records)[2] == comparable(expected)[2]
+
+
 def test_no_model_when_told_so(tmp_path):
     run(tmp_path, skip_model_save=True, save_model_every_checkpoint=True)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -555,7 +585,7 @@ def test_flags_are_frozen():
     ).split()
     actions = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
     assert set(actions) == {
-        *(*upstream, "device", "num_workers", "distributed", "checkpoint_minutes"),
+        *(*upstream, "device", "num_workers", "distributed", "checkpoint_minutes", "eval_splits"),
         *("image_cache", "image_cache_dir", "image_cache_gb", "no_tensorboard", "wandb"),
     }
     # DomainBed's defaults, but for the data: it has no data folder, and RotatedMNIST is no file.
