@@ -126,7 +126,7 @@ def test_single_env_sweeps_are_told_what_leave_one_out_needs(tmp_path, capsys):
     printed = _run(collect_results.main, "--input_dir", tmp_path, capsys=capsys).out
     assert (
         "X: leave-one-domain-out needs the runs with two test environments "
-        "(a sweep without --single_test_envs)" in printed
+        "(a sweep with --selection leave-one-out, or without --single_test_envs)" in printed
     )
 
 
