@@ -99,6 +99,21 @@ VALUES: dict[str, Values] = {
     "stgc_weight": Number("weight of the loss that parts conflicting tokens"),
     "stgc_threshold": Number("gradient cosine below which a token conflicts", low=-1.0, high=1.0),
     "stgc_divide_by_experts": Flag("divide that loss by the number of experts"),
+    "evomoe_dense_share": Number(
+        "share of the steps that train all but the routers", high=1.0, high_open=True
+    ),
+    "evomoe_evolution_share": Number(
+        "share of the steps after them in which experts evolve", high=1.0, high_open=True
+    ),
+    "evomoe_evolution": Choice(
+        "how experts follow the first one", ("scaled_update", "ema", "one_step")
+    ),
+    "evomoe_train_head": Flag("train the classifier in the last two stages, too"),
+    "evomoe_hypernetworks": Choice(
+        "tokens that have one of their own", ("shared", "modality", "cls")
+    ),
+    "evomoe_hidden_dim": Integer("hidden width of a hypernetwork", low=1),
+    "evomoe_rank": Integer("width of the network that it makes for a token", low=1),
 }
 
 
@@ -121,12 +136,6 @@ def check_together(hparams: Mapping[str, Any]) -> None:
     """
     num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
     tail_top_k = hparams.get("ltdr_tail_top_k")
-    max_experts = hparams.get("dynamic_max_experts")
-    if num_experts is not None and max_experts is not None and max_experts < num_experts:
-        raise UsageError(
-            f"hparam dynamic_max_experts={max_experts} is below moe_num_experts={num_experts}, the "
-            "size of the pool at the start; raise it, or start with fewer experts"
-        )
     if num_experts is not None and top_k is not None and top_k > num_experts:
         raise UsageError(
             f"hparam moe_top_k={top_k} exceeds moe_num_experts={num_experts}; "
@@ -141,6 +150,31 @@ def check_together(hparams: Mapping[str, Any]) -> None:
         raise UsageError(
             f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: "
             "a tail token would get fewer experts than others; raise it, or pass 0 for all experts"
+        )
+    _check_pool(hparams)
+    _check_stages(hparams)
+
+
+def _check_pool(hparams: Mapping[str, Any]) -> None:
+    initial, most = hparams.get("moe_num_experts"), hparams.get("dynamic_max_experts")
+    if initial is not None and most is not None and most < initial:
+        raise UsageError(
+            f"hparam dynamic_max_experts={most} is below moe_num_experts={initial}, the size of "
+            "the pool at the start; raise it, or start with fewer experts"
+        )
+
+
+def _check_stages(hparams: Mapping[str, Any]) -> None:
+    dense, evolution = hparams.get("evomoe_dense_share"), hparams.get("evomoe_evolution_share")
+    if dense is not None and evolution is not None and dense + evolution >= 1:
+        raise UsageError(
+            f"hparams evomoe_dense_share={dense} and evomoe_evolution_share={evolution} leave no "
+            "step to train a router; lower one of them"
+        )
+    if dense == 0 and hparams.get("evomoe_train_head") is False:
+        raise UsageError(
+            "hparams evomoe_dense_share=0.0 and evomoe_train_head=false would never train the "
+            "classifier; raise the share, or pass true"
         )
 
     if hparams.get("weight_averaging") == "swad" and hparams.get("ema_decay"):

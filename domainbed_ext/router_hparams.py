@@ -113,6 +113,24 @@ def deepseek() -> list[HParam]:
     ]
 
 
+def evomoe() -> list[HParam]:
+    unused = ("moe_gate", "moe_noise_std", "moe_capacity_factor")
+    return [
+        *changed(
+            moe("EVOMOE", without=unused),
+            HParam("moe_top_k", 1, one_of(1, 2)),
+            fixed("moe_balance_weight", 0.001),
+        ),
+        fixed("evomoe_dense_share", 0.5),
+        fixed("evomoe_evolution_share", 0.25),
+        fixed("evomoe_evolution", "scaled_update"),
+        fixed("evomoe_train_head", False),
+        fixed("evomoe_hypernetworks", "shared"),
+        fixed("evomoe_hidden_dim", 16),
+        fixed("evomoe_rank", 8),
+    ]
+
+
 # In the order of table rows.
 ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
@@ -126,4 +144,5 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "DYNAMIC": dynamic,
     "STGC": stgc,
     "DEEPSEEK": deepseek,
+    "EVOMOE": evomoe,
 }

@@ -276,6 +276,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "balance": "none",
         "router_options": {"initial_experts": 6},
     },
+    "evomoe": {
+        "router": "dtr",
+        "num_experts": 4,
+        "top_k": 1,
+        "tail_rule": _NO_TAIL,
+        "noise_std": 0.0,
+        "balanced_modalities": _VISION_TOO,
+        "balance_weight": 0.001,
+    },
     # table 6, named as there: number x width of the shared and of the routed experts
     "deepseek_1x1.0+3x1.0": {**_DEEPSEEK, "num_experts": 3, "top_k": 1},
     "deepseek_1x1.0+12x0.25": {**_DEEPSEEK, "num_experts": 12, "top_k": 4, "expert_split": 4},

@@ -35,6 +35,8 @@ ROUTERS = {
     "cluster": {"router": "cluster", "gate": "linear"},
     "instruct": {"router": "instruct", "gate": "linear"},
     "distribution": {"router": "distribution"},
+    "dtr": {"router": "dtr"},
+    "dtr_modality": {"router": "dtr", "router_options": {"hypernetworks": "modality"}},
 }
 DIM, BATCH, LENGTH = 16, 3, 6
 P, V, T = int(Modality.PADDING), int(Modality.VISION), int(Modality.LANGUAGE)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -65,11 +65,15 @@ class SparseViT(ERM_ViT):
         set_image_info(self.network, **self.describe_images(x, domains))
         with self.watched_routing(domains) as routings:
             task_loss = self.task_loss(self.run_network(x), y)
-        balance = balance_loss(routings, self.spec)
+        balance = self.balance(routings)
         return task_loss + balance, {
             "balance_loss": balance.detach(),
             **routing_numbers(routings.values()),
         }
+
+    def balance(self, routings: Mapping[str, Routing]) -> Tensor:
+        """What the step adds to its task loss: balance, and losses of the router's own."""
+        return balance_loss(routings, self.spec)
 
     def predict(self, x):
         network = self.predicting_network

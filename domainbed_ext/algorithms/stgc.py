@@ -8,7 +8,6 @@ from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.sparse import SparseViT, routing_numbers
 from domainbed_ext.backbones import expert_parallel_group
 from domainbed_ext.errors import UsageError
-from gmoe_ltdr import balance_loss
 from gmoe_ltdr.linear_outputs import collect_linear_outputs
 from gmoe_ltdr.token_conflicts import conflict_loss, token_conflicts
 
@@ -38,7 +37,7 @@ class STGC(SparseViT):
             conflicts = token_conflicts(
                 task_loss, outputs, routings, threshold=hparams["stgc_threshold"]
             )
-        balance = balance_loss(routings, self.spec)
+        balance = self.balance(routings)
         per_layer = [
             conflict_loss(
                 routing, conflicts[name], divide_by_experts=hparams["stgc_divide_by_experts"]

@@ -26,6 +26,7 @@ from domainbed_ext.distributed import (
     on_first_rank,
 )
 from domainbed_ext.errors import UsageError
+from domainbed_ext.hparam_values import check_together
 from domainbed_ext.hparams import (
     VIT_ALGORITHMS,
     default_hparams,
@@ -286,7 +287,9 @@ def run_hparams(args: TrainArgs) -> dict[str, Any]:
     else:
         seed = seed_hash(args.hparams_seed, args.trial_seed)
         hparams = random_hparams(args.algorithm, args.dataset, seed)
-    return with_overrides(hparams, overrides, args.algorithm, args.dataset)
+    hparams = with_overrides(hparams, overrides, args.algorithm, args.dataset)
+    check_together(hparams)
+    return hparams
 
 
 def check_args(args: TrainArgs) -> dict[str, Any]:

@@ -22,13 +22,14 @@ VIT = [name for name in ALGORITHMS if name != "ERM"]
 COMPARISON = [name for name in VIT if name not in CORE_ALGORITHMS]
 SHAPE = (3, 28, 28)
 EIGHTH = torch.tensor(0.125)
+NEEDED = {"EVOMOE": {"schedule_steps": 100}}
 # losses of their own that do not vanish with the task's
 LIGHT = {"STGC": {"stgc_weight": 0.1}}
 
 
 def create(name: str, **changes):
     torch.manual_seed(0)
-    hparams = {**default_hparams(name, "Debug28"), **changes}
+    hparams = {**default_hparams(name, "Debug28"), **NEEDED.get(name, {}), **changes}
     algorithm = get_algorithm_class(name)(SHAPE, 2, 2, hparams)
     algorithm.prepare([[batch] for batch in minibatches(batch=24, seed=9)])
     return algorithm
@@ -55,7 +56,7 @@ def test_names():
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
     assert COMPARISON == [
         *("TASK", "CLUSTER", "INSTRUCT", "DISTRIBUTION"),
-        *("DYNAMIC", "STGC", "DEEPSEEK"),
+        *("DYNAMIC", "STGC", "DEEPSEEK", "EVOMOE"),
     ]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")

@@ -27,7 +27,9 @@ MEASURED = {
     "CLUSTER": ({}, 0.883),
     "INSTRUCT": ({}, 0.858),
     "DISTRIBUTION": ({}, 0.804),
+    "DYNAMIC": ({}, 0.863),
     "DEEPSEEK": ({}, 0.825),
+    "EVOMOE": ({}, 0.658),
 }
 
 

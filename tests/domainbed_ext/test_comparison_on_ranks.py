@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.distributed import OtherRankError, current_ranks
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import TrainArgs
@@ -21,6 +22,12 @@ ROUTERS = {
     "DYNAMIC": {},
     # each rank compares and balances its own tokens, so these losses are others
     "STGC": {"moe_noise_std": 0.0, "stgc_weight": 0.0, "moe_balance_weight": 0.0},
+    # two steps dense, two of evolution, one of routing
+    "EVOMOE": {
+        "evomoe_dense_share": 0.4,
+        "evomoe_evolution_share": 0.4,
+        "moe_balance_weight": 0.0,
+    },
 }
 
 
@@ -59,9 +66,47 @@ def check_expert_parallelism_is_refused(algorithm: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["STGC"])
+@pytest.mark.parametrize("algorithm", ["STGC", "EVOMOE"])
 def test_expert_parallelism_is_refused(algorithm):
     run_ranks(check_expert_parallelism_is_refused, 2, algorithm)
+
+
+class Stop(BaseException):
+    """Ends a run between two steps."""
+
+
+def train_until(args: TrainArgs, stop_at: int) -> None:
+    algorithm = get_algorithm_class(args.algorithm)
+    plain_update, steps = algorithm.update, []
+
+    def update(self, minibatches, unlabeled=None):
+        if len(steps) == stop_at:
+            raise Stop
+        steps.append(None)
+        return plain_update(self, minibatches, unlabeled)
+
+    algorithm.update = update
+    try:
+        train(args)
+    except Stop:
+        pass
+    finally:
+        algorithm.update = plain_update
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["DYNAMIC", "EVOMOE"])
+def test_a_stopped_run_goes_on(tmp_path, algorithm):
+    """In EvoMoE's stage of evolution, where DDP waits for other gradients than at the start."""
+    run_ranks(train, 2, arguments(tmp_path / "whole", algorithm))
+    run_ranks(train_until, 2, arguments(tmp_path / "parts", algorithm), 4)
+    (first, second) = read_records(tmp_path / "parts" / "results.jsonl")
+    assert (first["step"], second["step"]) == (0, 2)
+    run_ranks(train, 2, arguments(tmp_path / "parts", algorithm))
+    whole, parts = (read_records(tmp_path / n / "results.jsonl") for n in ("whole", "parts"))
+    for ours, theirs in zip(parts, whole, strict=True):
+        for name in theirs.keys() - {"step_time", "args", "provenance"}:
+            assert ours[name] == theirs[name], name
 
 
 @pytest.mark.slow

@@ -187,6 +187,8 @@ ELABORATE = {"schedule": "one_cycle", "ema_decay": 0.9, "optimizer": "adamw", "d
         ("DYNAMIC", {"ema_decay": 0.9, "dynamic_cycle": 4}),
         ("STGC", {}),
         ("DEEPSEEK", {}),
+        # two steps dense, two of evolution, one of routing
+        ("EVOMOE", {"evomoe_dense_share": 0.4, "evomoe_evolution_share": 0.4, "ema_decay": 0.9}),
     ],
 )
 def test_a_stopped_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path, algorithm, hparams):
