@@ -56,7 +56,10 @@ def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: A
     if "capacity_factor" in changes:
         changes["capacity_factor"] = changes["capacity_factor"] or None
     try:
-        if "ltdr_selection" in hparams:
+        if hparams.get("ltdr_selection") == "expert_choice":
+            changes["router_options"] = _experts_choose(preset_name, hparams)
+            preset_name = "ltdr_expert_choice"
+        elif "ltdr_selection" in hparams:
             changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None
             changes["tail_rule"] = _tail_rule(hparams)
         return preset(preset_name, **{**changes, **further})
@@ -67,15 +70,27 @@ def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: A
 def _tail_rule(hparams: Mapping[str, Any]) -> TailRule:
     selection = hparams["ltdr_selection"]
     if selection not in _SELECTIONS:
-        raise UsageError(
-            f"hparam ltdr_selection={selection!r} is not one of {', '.join(_SELECTIONS)}"
-        )
+        names = ", ".join((*_SELECTIONS, "expert_choice"))
+        raise UsageError(f"hparam ltdr_selection={selection!r} is not one of {names}")
     rule = dict(_SELECTIONS[selection])
     if rule["kind"] in ("quantile", "attention"):
         rule["value"] = hparams["ltdr_selection_fraction"]
     return TailRule(
         scope=hparams["ltdr_tail_scope"], eval_scope=hparams["ltdr_eval_tail_scope"], **rule
     )
+
+
+def _experts_choose(preset_name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the router in which experts choose tokens."""
+    if preset_name != "ltdr":
+        raise UsageError(
+            "hparam ltdr_selection='expert_choice' is a variant of LTDR: balance losses and tail "
+            "rules have no part in it; use the algorithm LTDR"
+        )
+    return {
+        "scope": hparams["ltdr_tail_scope"],
+        "eval_scope": hparams["ltdr_eval_tail_scope"],
+    }
 
 
 def expert_parallel_group(hparams: Mapping[str, Any]) -> ProcessGroup | None:

@@ -73,7 +73,8 @@ VALUES: dict[str, Values] = {
     ),
     "ltdr_eval_tail_scope": Choice("tokens that set it in evaluation", ("image", "batch", "ema")),
     "ltdr_selection": Choice(
-        "which tokens get more experts", ("vtt", "vht", "vtt_fixed", "vtt_learned", "iat")
+        "which tokens get more experts",
+        ("vtt", "vht", "vtt_fixed", "vtt_learned", "iat", "expert_choice"),
     ),
     "ltdr_selection_fraction": Number(
         "their share, for vtt_fixed and iat", high=1.0, low_open=True
@@ -151,8 +152,25 @@ def check_together(hparams: Mapping[str, Any]) -> None:
             f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: "
             "a tail token would get fewer experts than others; raise it, or pass 0 for all experts"
         )
+    _check_expert_choice(hparams)
     _check_pool(hparams)
     _check_stages(hparams)
+
+
+def _check_expert_choice(hparams: Mapping[str, Any]) -> None:
+    if hparams.get("ltdr_selection") != "expert_choice":
+        return
+    for name in ("ltdr_tail_scope", "ltdr_eval_tail_scope"):
+        if hparams.get(name, "batch") not in ("batch", "image"):
+            raise UsageError(
+                f"hparam {name}={hparams[name]!r}: with ltdr_selection='expert_choice' experts "
+                "choose among the tokens of the 'batch' or of each 'image'"
+            )
+    if hparams.get("ltdr_tail_top_k"):
+        raise UsageError(
+            f"hparam ltdr_tail_top_k={hparams['ltdr_tail_top_k']} has no meaning with "
+            "ltdr_selection='expert_choice', where a token has as many experts as choose it; pass 0"
+        )
 
 
 def _check_pool(hparams: Mapping[str, Any]) -> None:

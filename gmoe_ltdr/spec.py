@@ -285,6 +285,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "balanced_modalities": _VISION_TOO,
         "balance_weight": 0.001,
     },
+    # v2, table XVII: "LTDR + Dynamic"
+    "ltdr_expert_choice": {"router": "expert_choice", "tail_rule": _NO_TAIL},
     # table 6, named as there: number x width of the shared and of the routed experts
     "deepseek_1x1.0+3x1.0": {**_DEEPSEEK, "num_experts": 3, "top_k": 1},
     "deepseek_1x1.0+12x0.25": {**_DEEPSEEK, "num_experts": 12, "top_k": 4, "expert_split": 4},

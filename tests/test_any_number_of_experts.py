@@ -23,6 +23,8 @@ SPECS = {
     "dynamic": preset("dynamic"),
     "dynamic_gshard": preset("dynamic", router_options={"loss": "gshard", "divide_by": "count"}),
     "dynamic_deepspeed": preset("dynamic", router_options={"loss": "deepspeed"}),
+    "expert_choice": preset("ltdr_expert_choice"),
+    "expert_choice_image": preset("ltdr_expert_choice", router_options={"scope": "image"}),
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.router_health import RouterHealth
@@ -108,7 +108,7 @@ class EVOMOE(SparseViT):
         if self._stage == ROUTING and step and self._stages.at(step - 1) < ROUTING:
             # what is counted from here on says nothing of the time before there was a choice
             self._router_health = RouterHealth(self._arguments[2])
-        for router in self._routers(self.network):
+        for router in self._routers():
             router.first_expert_only.fill_(self._stage < ROUTING)
         trained = self._trained_in(self._stage)
         for name, parameter in self.network.named_parameters():
@@ -139,8 +139,8 @@ class EVOMOE(SparseViT):
             trained |= {n for n, p in network.named_parameters() if id(p) in head}
         return trained
 
-    def _routers(self, network: nn.Module) -> list[DynamicTokenAwareRouter]:
-        routers = [layer.router for layer in moe_layers(network).values()]
+    def _routers(self) -> list[DynamicTokenAwareRouter]:
+        routers = [layer.router for layer in moe_layers(self.network).values()]
         return [router for router in routers if isinstance(router, DynamicTokenAwareRouter)]
 
     def take_step(self):

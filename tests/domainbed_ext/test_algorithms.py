@@ -217,7 +217,9 @@ def test_hparams_reach_the_spec():
         spec_from_hparams("ltdr", {**hparams, "ltdr_selection": "best"})
 
 
-@pytest.mark.parametrize("selection", ["vtt", "vht", "vtt_fixed", "vtt_learned", "iat"])
+@pytest.mark.parametrize(
+    "selection", ["vtt", "vht", "vtt_fixed", "vtt_learned", "iat", "expert_choice"]
+)
 def test_every_selection_trains(selection):
     algorithm = create("LTDR", ltdr_selection=selection)
     numbers = algorithm.update(minibatches())
@@ -225,6 +227,16 @@ def test_every_selection_trains(selection):
     with collect_routing(algorithm.network) as routings:
         algorithm.predict(minibatches()[0][0])
     assert all(plan.tail_mask_T.any() for plan in routings.values())
+
+
+def test_experts_choose_in_ltdr():
+    spec = create("LTDR", ltdr_selection="expert_choice", ltdr_tail_scope="image").spec
+    scopes = {"scope": "image", "eval_scope": "image"}
+    assert spec == preset("ltdr_expert_choice", router_options=scopes)
+    with pytest.raises(UsageError, match="use the algorithm LTDR"):
+        create("GMOE_EEA", ltdr_selection="expert_choice")
+    with pytest.raises(UsageError, match="equally many tokens, but capacity_factor"):
+        create("LTDR", ltdr_selection="expert_choice", moe_capacity_factor=1.5)
 
 
 @pytest.mark.parametrize("name", ["LTDR", *COMPARISON])

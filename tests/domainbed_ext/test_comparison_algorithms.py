@@ -28,6 +28,7 @@ MEASURED = {
     "INSTRUCT": ({}, 0.858),
     "DISTRIBUTION": ({}, 0.804),
     "DYNAMIC": ({}, 0.863),
+    "STGC": ({}, 0.829),
     "DEEPSEEK": ({}, 0.825),
     "EVOMOE": ({}, 0.658),
 }

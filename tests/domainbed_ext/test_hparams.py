@@ -276,6 +276,8 @@ def test_an_integer_is_taken_for_a_float():
         ('{"moe_num_experts": 4, "moe_top_k": 5}', "moe_top_k=5 exceeds moe_num_experts=4"),
         ('{"moe_num_experts": 4, "ltdr_tail_top_k": 5}', "ltdr_tail_top_k=5 exceeds"),
         ('{"moe_top_k": 2, "ltdr_tail_top_k": 1}', "fewer experts"),
+        ('{"ltdr_selection": "expert_choice", "ltdr_tail_scope": "ema"}', "of the 'batch' or of"),
+        ('{"ltdr_selection": "expert_choice", "ltdr_tail_top_k": 4}', "has no meaning with"),
     ],
 )
 def test_bad_hparams_are_refused_in_one_line(text, complaint):
