@@ -22,7 +22,9 @@ from domainbed_ext.scripts import train as train_module
 from domainbed_ext.scripts.train import main, run_job
 from domainbed_ext.workers import _run_into_files
 
-SMALL = "--dataset Debug28 --algorithm LTDR --steps 5 --checkpoint_freq 2 --device cpu".split()
+SMALL = (
+    "--dataset Debug28 --algorithm LTDR --steps 5 --checkpoint_freq 2 --device cpu --no_tensorboard"
+).split()
 PAGE = 4096  # a tmpfs gives room by the page
 
 
