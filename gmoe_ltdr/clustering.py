@@ -41,14 +41,23 @@ def fit_kmeans(points_ND: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor
     return torch.from_numpy(centroids).float()
 
 
-def nearest_centroid(points_ND: Tensor, centroids_CD: Tensor) -> Tensor:
+def nearest_centroid(
+    points_ND: Tensor, centroids_CD: Tensor, *, exists_C: Tensor | None = None
+) -> Tensor:
     """The cluster of each point, int64 (N,): smallest Euclidean distance, lowest index of equals.
 
-    Distances are sums of squared differences; expanding the square would lose ties and digits.
+    Args:
+        points_ND: Points.
+        centroids_CD: Centroids.
+        exists_C: Bool, which of them count; None: all.
     """
-    mode = "donot_use_mm_for_euclid_dist"
-    distance_NC = torch.cdist(points_ND.float(), centroids_CD.float(), compute_mode=mode)
-    return distance_NC.argmin(1)
+    # in double, since expanding the square of a difference cancels digits that decide
+    points_ND, centroids_CD = points_ND.double(), centroids_CD.double()
+    # half of the squared distance, less half of |x|^2, which is the same for all clusters
+    score_NC = centroids_CD.square().sum(1) / 2 - points_ND @ centroids_CD.T
+    if exists_C is not None:
+        score_NC = score_NC.masked_fill(~exists_C, torch.inf)
+    return score_NC.argmin(1)
 
 
 class Centroids(nn.Module):
@@ -84,13 +93,21 @@ class Centroids(nn.Module):
         self.points.zero_()
         self.points[:num_clusters] = centroids_CD.to(self.points)
         self.num_fitted.fill_(num_clusters)
+        self._is_fitted = True
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there are any. Asks the device until the answer is yes, and then no more."""
+        """Whether there are any. Waits for the device until the answer is yes, and no more then."""
         if not self._is_fitted:
             self._is_fitted = bool(self.num_fitted > 0)
         return self._is_fitted
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Learns whether it is fitted here, and not in a forward that may be traced."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        saved = state_dict.get(f"{prefix}num_fitted")
+        if saved is not None:
+            self._is_fitted = bool(saved > 0)
 
     def forward(self, points_ND: Tensor) -> Tensor:
         """The cluster of each point, int64 (N,).
@@ -103,10 +120,8 @@ class Centroids(nn.Module):
                 f"points of width {points_ND.shape[-1]} have no place among centroids of width "
                 f"{self.points.shape[1]}"
             )
-        unused_C1 = torch.arange(len(self.points), device=points_ND.device) >= self.num_fitted
-        # an infinite distance; the buffer itself stays finite, so that it can be averaged
-        points_CD = self.points.float().masked_fill(unused_C1.unsqueeze(1), torch.inf)
-        return nearest_centroid(points_ND, points_CD)
+        exists_C = torch.arange(len(self.points), device=points_ND.device) < self.num_fitted
+        return nearest_centroid(points_ND, self.points, exists_C=exists_C)
 
 
 class PointSample:

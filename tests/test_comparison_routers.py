@@ -19,6 +19,8 @@ from gmoe_ltdr import (
     preset,
     save_model,
 )
+from gmoe_ltdr.engines import use_expert_backend
+from gmoe_ltdr.export import export_onnx
 from gmoe_ltdr.image_info import set_image_info
 from gmoe_ltdr.routing import Modality
 from tests.models import tiny_moe_vit
@@ -186,3 +188,36 @@ def test_an_unknown_option_is_refused(kind):
     options = {**ROUTERS[kind].get("router_options", {}), "luck": 1}
     with pytest.raises(ValueError, match="has no option 'luck'"):
         MoE(DIM, DIM, replace(spec_of(kind), router_options=options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_the_layer_is_one_graph(kind):
+    torch.compiler.reset()
+    layer = use_expert_backend(layer_of(kind, noise_std=0.0, expert_dropout=0.0), "dense")
+    layer.context_of.image_info = info(BATCH)
+    x = torch.randn(BATCH, LENGTH, DIM)
+    for training in (True, False):
+        expected = copy.deepcopy(layer).train(training)(x)
+        # whoever keeps running state asks whether this is a recomputation, which breaks the graph
+        whole = not (training and kind == "task_hard_nearest")
+        run = torch.compile(layer.train(training), fullgraph=whole, backend="aot_eager")
+        torch.testing.assert_close(run(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != "cluster"])
+def test_onnx_runtime_gives_the_same_logits(kind, tmp_path):
+    """Of a model that was loaded; what CLUSTER is told is no input of a graph of images."""
+    pytest.importorskip("onnx", reason="needs the extra [export]")
+    pytest.importorskip("onnxscript", reason="needs the extra [export]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+    save_model(ready(tiny_moe_vit(spec_of(kind))), tmp_path)
+    model = load_model(tmp_path)
+    path = export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 16, 16))
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 16, 16)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(images))

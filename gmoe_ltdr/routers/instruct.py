@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gmoe_ltdr.capacity import CAPACITY_OPTIONS
@@ -37,7 +36,7 @@ def instruction_tokens(context: TokenContext, *, include_cls: bool = False) -> T
     patches_BL = modality_BL == int(Modality.VISION)
     if context.is_cls_BL is not None and not include_cls:
         patches_BL = patches_BL & ~context.is_cls_BL
-    return torch.where(language_BL.any(1, keepdim=True), language_BL, patches_BL)
+    return language_BL | (patches_BL & ~language_BL.any(1, keepdim=True))
 
 
 @register_router("instruct")

@@ -179,7 +179,7 @@ class HardTaskRouter(Router):
             else:
                 has_task_E = torch.arange(spec.num_experts, device=tokens_TD.device)
                 has_task_E = has_task_E < self.num_trained
-                probs_BE = (has_task_E / self.num_trained).expand(len(real_BL), -1)
+                probs_BE = (has_task_E / self.num_trained).expand(real_BL.shape[0], -1)
             routing = spread_over_tokens(
                 context.modality_BL,
                 # finite, as losses multiply logits by zero

@@ -9,7 +9,7 @@ from domainbed_ext.hparams import default_hparams, random_hparams, validate_hpar
 from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
 from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS
-from domainbed_ext.saved_models import load_algorithm
+from domainbed_ext.saved_models import load_algorithm, save_algorithm
 from domainbed_ext.scripts.train import train
 from gmoe_ltdr import moe_layers, preset
 from gmoe_ltdr.image_info import set_image_info
@@ -115,6 +115,33 @@ def batches(num_domains=3, batch=4):
 
 def router_of(algorithm):
     return next(iter(moe_layers(algorithm.network).values())).router
+
+
+@pytest.mark.parametrize(
+    ("name", "hparams"),
+    [
+        ("TASK", {"task_mode": "hard", "task_unseen": "nearest"}),
+        ("CLUSTER", {"cluster_universal": True}),
+        ("DISTRIBUTION", {"moe_num_experts": 4}),
+    ],
+)
+def test_a_saved_model_predicts_by_itself(tmp_path, name, hparams):
+    algorithm = create(name, **hparams)
+    algorithm.prepare([[batch] for batch in batches(3, 20)])
+    algorithm.update(batches())
+    info = {
+        "args": {"algorithm": name},
+        "model_input_shape": SHAPE,
+        "model_num_classes": 2,
+        "model_num_domains": 3,
+        "model_hparams": algorithm.hparams,
+    }
+    save_algorithm(tmp_path, algorithm, info)
+    x = torch.cat([x for x, _ in batches(3, 20)])
+    expected = algorithm.eval().predict(x)
+    assert torch.equal(load_algorithm(tmp_path).predict(x), expected)
+    if name == "CLUSTER":
+        assert len(router_of(algorithm).clusters(algorithm.features(x)).unique()) == 3
 
 
 @pytest.mark.parametrize("name", ["CLUSTER", "DISTRIBUTION"])
