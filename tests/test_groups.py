@@ -239,3 +239,32 @@ def test_impossible_groups(changes, message):
 def test_closed_logits():
     closed = close_other_groups(torch.zeros(2, 3), torch.tensor([False, True]), 1)
     assert closed.tolist() == [[0, CLOSED, CLOSED], [CLOSED, 0, 0]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_any_tokens(training):
+    made = router(SETTINGS[1], dim=6).train(training)
+    spec = preset(SETTINGS[1])
+    mixed = [[V, V, T, T, P], [V, V, V, V, V], [P, P, P, P, P]]
+    for modality in (mixed, [[V]], [[T]], [[P]], torch.empty(1, 0), torch.empty(0, 4)):
+        given = TokenContext(torch.as_tensor(modality, dtype=torch.uint8))
+        routing = made(torch.randn(given.modality_BL.numel(), 6), given)
+        real = ~routing.of(Modality.PADDING)
+        assert (routing.experts_per_token_T == 2 * real).all()
+        assert routing.logits_TE.isfinite().all()
+        assert balance_loss([routing], spec).isfinite()
+
+
+def test_activation_checkpointing_changes_nothing():
+    found = []
+    spec = preset(SETTINGS[0], router_options={"group_by": "cls"})
+    for checkpointing in (False, True):
+        model = tiny_moe_vit(spec).train()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        with collect_routing(model) as routings:
+            out = model(torch.randn(2, 3, 16, 16))
+        (out.square().sum() + balance_loss(routings, spec)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=name)
