@@ -12,7 +12,7 @@ from typing import Any
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparam_kinds import Choice, Flag, Integer, Layers, Name, Number, Values
-from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS
+from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS, GROUPS_SETTINGS
 
 VALUES: dict[str, Values] = {
     # DomainBed's own
@@ -93,6 +93,10 @@ VALUES: dict[str, Values] = {
     ),
     "deepseek_top_k": Integer("routed experts per token; 0: two networks' width active in all"),
     "deepseek_init_scale_shared": Number("factor on the shared expert's output at the start"),
+    "groups_setting": Choice("experts and top-k of the two groups", GROUPS_SETTINGS),
+    "groups_by": Choice(
+        "which tokens have experts of their own: the class token, or language", ("cls", "modality")
+    ),
     "instruct_cls": Choice("class token in the mean of the patches", ("exclude", "include")),
     "dynamic_max_experts": Integer("experts that the pool may grow to", low=1),
     "dynamic_cycle": Integer("steps between two changes of the pool; 0: it never changes"),

@@ -13,6 +13,12 @@ from domainbed_ext.hparam_draws import HParam, fixed, log_uniform, one_of
 # Rows of LTDR's table 6: number x width of the shared experts, and of the routed ones.
 DEEPSEEK_SETTINGS = ("1x1.0+3x1.0", "1x1.0+12x0.25", "1x1.0+16x0.25")
 
+# Rows of LTDR's table 11; DAR there is upon the first row.
+GROUPS_SETTINGS = (
+    *("v2Top1-t2Top1", "v4Top2-t4Top2"),
+    *("v2Top1-t2Top1-DAR", "v2Top1-t2Top1-DAR-shared"),
+)
+
 
 def moe(algorithm: str, *, without: Collection[str] = ()) -> list[HParam]:
     """Those of every mixture of experts, less the ones that a router has no use for."""
@@ -113,6 +119,16 @@ def deepseek() -> list[HParam]:
     ]
 
 
+def groups() -> list[HParam]:
+    # the setting says how many experts; groups differ in size, so that a capacity has no meaning
+    unused = ("moe_num_experts", "moe_top_k", "moe_capacity_factor")
+    return [
+        *moe("GROUPS", without=unused),
+        HParam("groups_setting", GROUPS_SETTINGS[0], one_of(*GROUPS_SETTINGS)),
+        fixed("groups_by", "cls"),
+    ]
+
+
 def evomoe() -> list[HParam]:
     unused = ("moe_gate", "moe_noise_std", "moe_capacity_factor")
     return [
@@ -144,5 +160,6 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "DYNAMIC": dynamic,
     "STGC": stgc,
     "DEEPSEEK": deepseek,
+    "GROUPS": groups,
     "EVOMOE": evomoe,
 }

@@ -12,7 +12,7 @@ gradient that one process with all tokens would compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -161,6 +161,8 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
 
     For LTDR in a plain ViT there is nothing to balance (every token is a vision token), and the
     result is a zero that is connected to the graph, so that distributed training finds gradients.
+    Where a router keeps groups of experts for some tokens each, every group is balanced by itself,
+    over its own experts.
 
     Args:
         routings: What `collect_routing` gathered.
@@ -186,15 +188,23 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
     if spec.balance == "none":
         return total
     per_modality = spec.router_options.get("balance_weights")
-    for plan in plans:
+    for part in _balanced_parts(plans):
         if per_modality is None:
-            tokens_T = plan.of(*spec.balanced_modalities)
-            total = total + spec.balance_weight * _layer_loss(plan, tokens_T, spec)
+            tokens_T = part.of(*spec.balanced_modalities)
+            total = total + spec.balance_weight * _layer_loss(part, tokens_T, spec)
             continue
         for name, weight in per_modality.items():
-            tokens_T = plan.of(Modality[name.upper()])
-            total = total + weight * _layer_loss(plan, tokens_T, spec)
+            tokens_T = part.of(Modality[name.upper()])
+            total = total + weight * _layer_loss(part, tokens_T, spec)
     return total
+
+
+def _balanced_parts(plans: Iterable[Routing]) -> Iterator[Routing]:
+    for plan in plans:
+        if plan.balance_groups is None:
+            yield plan
+        else:
+            yield from (plan.of_group(group) for group in plan.balance_groups)
 
 
 def _layer_loss(routing: Routing, tokens_T: Tensor, spec: MoESpec) -> Tensor:

@@ -103,6 +103,19 @@ class TokenContext:
 
 
 @dataclass(frozen=True)
+class ExpertGroup:
+    """Experts that some tokens have to themselves.
+
+    Attributes:
+        tokens_T: Bool, which tokens.
+        experts: Their experts.
+    """
+
+    tokens_T: Tensor
+    experts: range
+
+
+@dataclass(frozen=True)
 class Routing:
     """What the router decided for T = B * L tokens. A row of the mask holds any number of experts.
 
@@ -119,6 +132,8 @@ class Routing:
         shape_BL: (B, L), to fold T back into images.
         max_experts_per_token: No row of the mask holds more. Known without looking at the mask, so
             that buffers can be allocated without waiting for a device; None is all experts.
+        balance_groups: Where not all tokens are balanced over all experts: the groups that are
+            balanced, each by itself.
         router_losses: What this router adds to the loss besides balance, by name; scalars, already
             weighted. `balance_loss` includes them.
     """
@@ -133,6 +148,7 @@ class Routing:
     requested_mask_TE: Tensor | None = None
     shape_BL: tuple[int, int] | None = None
     max_experts_per_token: int | None = None
+    balance_groups: tuple[ExpertGroup, ...] | None = None
     router_losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -172,6 +188,17 @@ class Routing:
         for modality in modalities:
             mask_T = mask_T | (self.modality_T == int(modality))
         return mask_T
+
+    def of_group(self, group: ExpertGroup) -> Routing:
+        """The plan of a group's experts alone, in which all other tokens are padding."""
+        columns = slice(group.experts.start, group.experts.stop)
+        tables: dict[str, Any] = {
+            name: value[:, columns]
+            for name, value in vars(self).items()
+            if name.endswith("_TE") and value is not None
+        }
+        modality_T = torch.where(group.tokens_T, self.modality_T, int(Modality.PADDING))
+        return replace(self, **tables, modality_T=modality_T, balance_groups=None, router_losses={})
 
     def detach(self) -> Routing:
         """The same decision without its graph: for statistics that outlive a step."""

@@ -226,6 +226,16 @@ _DEEPSEEK: dict[str, Any] = {
     "router_options": {"balance_count": "all"},
 }
 
+# Table 11: vision and language tokens have experts of their own, in equal numbers.
+_GROUPS: dict[str, Any] = {
+    "router": "groups",
+    "num_experts": 4,
+    "top_k": 1,
+    "tail_rule": _NO_TAIL,
+    "balanced_modalities": _VISION_TOO,
+}
+_GROUPS_DAR: dict[str, Any] = {**_GROUPS, "router_options": {"balanced_groups": "second"}}
+
 # Every preset as what it changes in the defaults. Sources: routing of GMoE's released code; LTDR
 # (arXiv 2507.01351) v1 and v2 read literally; ablations of its table 3 and of v2's additions.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -291,6 +301,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "deepseek_1x1.0+3x1.0": {**_DEEPSEEK, "num_experts": 3, "top_k": 1},
     "deepseek_1x1.0+12x0.25": {**_DEEPSEEK, "num_experts": 12, "top_k": 4, "expert_split": 4},
     "deepseek_1x1.0+16x0.25": {**_DEEPSEEK, "num_experts": 16, "top_k": 4, "expert_split": 4},
+    # table 11, named as there, DAR upon its first row: experts and top-k of vision and of text
+    "groups_v2Top1-t2Top1": _GROUPS,
+    "groups_v4Top2-t4Top2": {**_GROUPS, "num_experts": 8, "top_k": 2, "expert_split": 2},
+    "groups_v2Top1-t2Top1-DAR": _GROUPS_DAR,
+    "groups_v2Top1-t2Top1-DAR-shared": {**_GROUPS_DAR, "shared_experts": 1},
 }
 
 PRESETS = tuple(_PRESETS)

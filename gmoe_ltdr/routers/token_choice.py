@@ -27,7 +27,7 @@ from gmoe_ltdr.routers.base import (
     is_recomputed,
     register_router,
 )
-from gmoe_ltdr.routing import Modality, Routing, TokenContext, expert_rank
+from gmoe_ltdr.routing import CLOSED, Modality, Routing, TokenContext, expert_rank
 from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
 
@@ -54,7 +54,7 @@ def route(
     """One LTDR routing decision (Eq. 6, 7, 9, 11, 12), as a pure function.
 
     Args:
-        logits_TE: Clean gate logits, float32.
+        logits_TE: Clean gate logits, float32; `CLOSED` where a token cannot choose.
         modality_BL: Values of `Modality`; padding is not dispatched.
         top_k: Experts of an ordinary token.
         tail_top_k: Experts of a tail token; equal to `top_k`, nothing is tail-specific.
@@ -100,7 +100,7 @@ def route(
             rank_TE = torch.where(second_TE, 1, rank_TE + moved_TE)
         quota_T = torch.where(tail_T, tail_top_k, top_k)
         quota_T = torch.where(modality_T == int(Modality.PADDING), 0, quota_T)
-        mask_TE = rank_TE < quota_T.unsqueeze(-1)
+        mask_TE = (rank_TE < quota_T.unsqueeze(-1)) & (logits_TE > CLOSED / 2)
 
     return Routing(
         logits_TE=logits_TE,
@@ -170,7 +170,7 @@ class TokenChoiceRouter(Router):
         if spec.router_options.get("padding") == "language":
             context = replace(context, modality_BL=_padding_as_language(context.modality_BL))
         with torch.autocast(tokens_TD.device.type, enabled=False):
-            logits_TE = self.gate(tokens_TD)
+            logits_TE = self.score(tokens_TD, context)
             noise_TE = None
             if self.training and spec.noise_std > 0:
                 noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
@@ -198,6 +198,10 @@ class TokenChoiceRouter(Router):
             if rule.kind == "learned" and threshold is not None and self.training:
                 routing = self._straight_through(routing, threshold)
             return limit_as_specified(routing, spec, training=self.training)
+
+    def score(self, tokens_TD: Tensor, context: TokenContext) -> Tensor:
+        """Clean logits (T, E)."""
+        return self.gate(tokens_TD)
 
     def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
         """Thresholds that need the router's state; None where `tail_tokens` computes its own."""

@@ -56,7 +56,7 @@ def test_names():
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
     assert COMPARISON == [
         *("TASK", "CLUSTER", "INSTRUCT", "DISTRIBUTION"),
-        *("DYNAMIC", "STGC", "DEEPSEEK", "EVOMOE"),
+        *("DYNAMIC", "STGC", "DEEPSEEK", "GROUPS", "EVOMOE"),
     ]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from domainbed_ext.algorithms import get_algorithm_class
+from domainbed_ext.backbones import timm_arguments
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams, random_hparams, validate_hparams
 from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
-from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS
+from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS, GROUPS_SETTINGS
 from domainbed_ext.saved_models import load_algorithm, save_algorithm
 from domainbed_ext.scripts.train import train
 from gmoe_ltdr import moe_layers, preset
@@ -30,6 +31,7 @@ MEASURED = {
     "DYNAMIC": ({}, 0.863),
     "STGC": ({}, 0.829),
     "DEEPSEEK": ({}, 0.825),
+    "GROUPS": ({}, 0.846),
     "EVOMOE": ({}, 0.658),
 }
 
@@ -264,3 +266,35 @@ def test_deepseek_hparams():
         validate_hparams({"deepseek_setting": "2x1.0"}, "DEEPSEEK", "PACS")
     with pytest.raises(UsageError, match="top_k=4 must lie between 1 and num_experts=3"):
         spec_of("DEEPSEEK", deepseek_setting="1x1.0+3x1.0", deepseek_top_k=4)
+
+
+@pytest.mark.parametrize("setting", GROUPS_SETTINGS)
+def test_groups_settings_are_the_presets(setting):
+    name = f"groups_{setting}"
+    options = {**preset(name).router_options, "group_by": "cls"}
+    assert spec_of("GROUPS", groups_setting=setting) == preset(name, router_options=options)
+    by_modality = spec_of("GROUPS", groups_setting=setting, groups_by="modality")
+    assert by_modality.router_options["group_by"] == "modality"
+
+
+def test_groups_without_text_are_half_of_the_model():
+    """Vision tokens have the first group; the second, of language, cannot be chosen."""
+    hparams = {**default_hparams("GROUPS", "Debug28"), "groups_by": "modality"}
+    algorithm = get_algorithm_class("GROUPS")((3, 28, 28), 2, 2, hparams)
+    data = [(torch.randn(8, 3, 28, 28), torch.arange(8) % 2) for _ in range(2)]
+    for _ in range(10):
+        algorithm.update(data)
+    for numbers in algorithm.diagnostics()["router"].values():
+        assert numbers["load"][2:] == [0, 0]
+        assert not {2, 3} & set(numbers["dead_experts"])
+
+
+def test_a_backbone_without_a_class_token_has_no_group_for_it(monkeypatch):
+    without = {"class_token": False, "global_pool": "avg"}
+    monkeypatch.setattr(
+        "domainbed_ext.algorithms.sparse.timm_arguments",
+        lambda *args: {**timm_arguments(*args), **without},
+    )
+    with pytest.raises(UsageError, match="groups_by='cls' keeps experts for the class token"):
+        spec_of("GROUPS")
+    assert spec_of("GROUPS", groups_by="modality").num_experts == 4

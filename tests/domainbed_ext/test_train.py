@@ -189,6 +189,7 @@ ELABORATE = {"schedule": "one_cycle", "ema_decay": 0.9, "optimizer": "adamw", "d
         ("DEEPSEEK", {}),
         # two steps dense, two of evolution, one of routing
         ("EVOMOE", {"evomoe_dense_share": 0.4, "evomoe_evolution_share": 0.4, "ema_decay": 0.9}),
+        ("GROUPS", {"groups_setting": "v4Top2-t4Top2"}),
     ],
 )
 def test_a_stopped_run_ends_with_the_records_of_an_uninterrupted_one(tmp_path, algorithm, hparams):

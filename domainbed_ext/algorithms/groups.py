@@ -1,0 +1,29 @@
+"""Experts of their own for the class token and for patches."""
+
+from __future__ import annotations
+
+from domainbed_ext.algorithms.base import register_algorithm
+from domainbed_ext.algorithms.sparse import SparseViT
+from domainbed_ext.backbones import spec_from_hparams
+from domainbed_ext.errors import UsageError
+from gmoe_ltdr import preset
+
+
+@register_algorithm
+class GROUPS(SparseViT):
+    """Groups of experts, in the settings of LTDR's table 11, where they belong to modalities."""
+
+    def create_spec(self):
+        name = f"groups_{self.hparams['groups_setting']}"
+        options = {**preset(name).router_options, "group_by": self.hparams["groups_by"]}
+        return spec_from_hparams(name, self.hparams, router_options=options)
+
+    def create_network(self, input_shape, num_classes):
+        network = super().create_network(input_shape, num_classes)
+        if self.hparams["groups_by"] == "cls" and not getattr(network, "num_prefix_tokens", 0):
+            raise UsageError(
+                f"hparam groups_by='cls' keeps experts for the class token, but "
+                f"backbone={self.hparams['backbone']!r} has none; choose another backbone, or "
+                "'modality'"
+            )
+        return network
