@@ -223,6 +223,16 @@ class SweepProgress:
         else:
             self._plain_line(f"{outcome}: {label}")
 
+    def put_back(self, label: str, why: str) -> None:
+        """A job has to be run again."""
+        self._fractions.pop(label, None)
+        if self._bars is not None:
+            self._bars.remove_task(self._tasks.pop(label))
+            self._bars.console.print(f"{label}: {why}", highlight=False, markup=False)
+            self._update()
+        else:
+            self._plain_line(f"{why}: {label}")
+
     def _update(self) -> None:
         if self._bars is not None:
             detail = f"{self._finished} of {self._num_jobs} jobs"

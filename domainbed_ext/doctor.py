@@ -33,6 +33,8 @@ EXTRAS = {
     "tracking": {"wandb": "wandb"},
     "export": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "vlm": {"transformers": "transformers", "accelerate": "accelerate"},
+    "slurm": {"submitit": "submitit"},
+    "ray": {"ray": "ray"},
     "test": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
 }
 # What DomainBed imports and this package does not: wilds with all it asks for would bring ten more.
@@ -144,7 +146,7 @@ def _checkout(package: Path) -> Finding:
     if lacking:
         detail = f"{where}, a version that is not known (no {', '.join(lacking)}): not all is added"
         return Finding("domainbed", "optional", detail, "python -m domainbed_ext.scripts.sweep")
-    added = ", ".join([*VIT_ALGORITHMS, *DIGITS, "ltdr_local"])
+    added = ", ".join([*VIT_ALGORITHMS, *DIGITS, "ltdr_local", "ltdr_slurm"])
     detail = f"{where}, with {added} added by the start-up line"
     missing = [name for module, name in CHECKOUT_NEEDS.items() if find_spec(module) is None]
     if missing:

@@ -6,10 +6,18 @@ import contextlib
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from domainbed_ext.jobs import ERR_FILE, TrainArgs, make_folder, mark_failed, read_failure
+from domainbed_ext.jobs import (
+    ERR_FILE,
+    IN_USE,
+    TrainArgs,
+    make_folder,
+    mark_failed,
+    read_failure,
+)
 from domainbed_ext.progress_file import STOPPED, read_progress
 from domainbed_ext.stop_signals import EXIT_STOPPED, ask_to_stop, children_ignore_user_signals
 
@@ -19,12 +27,13 @@ OUTCOMES = {
     0: "done",
     1: "failed",
     2: "failed",
-    3: "in use by another process",
+    3: IN_USE,
     130: "interrupted",
     EXIT_STOPPED: "stopped, to be gone on with",
 }
 _SAVE_SECONDS = 120  # that torchrun gives processes it has told to end; its default is 30
 _LAST_LINES = 20
+_POLL_SECONDS = 0.1
 
 
 class JobProcess:
@@ -66,7 +75,16 @@ class JobProcess:
         return self._process.pid
 
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        """May be asked in a signal handler; Popen.poll, interrupted by one, would be of no use
+        there."""
+        if self._process.returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                return True  # who was interrupted has its status
+            if pid:
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+        return self._process.returncode is not None
 
     def ask_to_stop(self) -> None:
         """Makes it write a checkpoint and leave. Asking again changes nothing."""
@@ -78,12 +96,14 @@ class JobProcess:
 
     def wait(self) -> None:
         """Returns when it has ended."""
-        self._process.wait()
+        while not self.has_ended():
+            time.sleep(_POLL_SECONDS)
 
     def outcome(self) -> str:
         """What became of a job that has ended, in a word or two. Leaves the reason in its folder if
         nothing else did."""
-        status = self._process.wait()
+        self.wait()
+        status = self._process.returncode
         with self._said as said:
             said.seek(0)
             lines = said.read().decode("utf-8", errors="replace").splitlines()

@@ -43,6 +43,8 @@ PREVIOUS_CHECKPOINT_FILE = "checkpoint.previous.safetensors"
 OUT_FILE = "out.txt"
 ERR_FILE = "err.txt"
 
+IN_USE = "in use by another process"
+
 TASKS = ("domain_generalization", "domain_adaptation")
 ALL_SPLITS, NEEDED_SPLITS = EVAL_SPLITS = ("all", "needed")
 
@@ -241,7 +243,7 @@ def taken_by_others(folder: Path) -> str | None:
     if state is JobState.DONE:
         return "done by another process"
     if state is JobState.RUNNING:
-        return "in use by another process"
+        return IN_USE
     if state in (JobState.FAILED, JobState.DIVERGED) and not has_died(folder):
         return "failed in another process"
     return None
@@ -286,8 +288,8 @@ def mark_failed(folder: Path, *, reason: str, message: str, step: int | None = N
 
     Args:
         folder: The job's folder.
-        reason: "diverged" (would diverge again, so launching again leaves it alone), "error" or
-            "died".
+        reason: "diverged" (would diverge again, so launching again leaves it alone), "memory" (ran
+            out), "died" (its process was killed) or "error".
         message: One line.
         step: Where, if known.
     """

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from domainbed_ext.display import format_seconds
+from domainbed_ext.estimates import measured_pace, seconds_left
 from domainbed_ext.jobs import Job, JobState, job_label
 from domainbed_ext.progress_file import RunProgress, read_progress
 
@@ -37,6 +38,63 @@ def print_jobs(jobs: Sequence[Job], states: States) -> None:
         cells = [str(counts[state] or "-") for state in shown]
         table.add_row(*pair, str(counts.total()), *cells)
     _console(120).print(table)
+
+
+def print_estimate(
+    chosen: Sequence[Job],
+    jobs: Sequence[Job],
+    states: States,
+    *,
+    num_images: Mapping[str, int],
+    device: str | None,
+    at_once: int | None,
+) -> None:
+    """How many jobs would be run, and how long they would take as far as can be told.
+
+    Args:
+        chosen: What would be run.
+        jobs: All jobs of the sweep; those that are done tell the pace.
+        states: Of all jobs, by folder.
+        num_images: By data set.
+        device: What the jobs would run on; None: not known here.
+        at_once: How many would run side by side; None: not known here.
+    """
+    print(f"Dry run: {len(chosen)} jobs would be run, and nothing is.")
+    if not chosen:
+        return
+    total, without = 0.0, 0
+    for kind, of_kind in _by_kind(chosen).items():
+        name = f"{kind[0]}, {kind[1]}: {len(of_kind)} jobs"
+        pace = measured_pace(_by_kind(jobs)[kind], states, device=device)
+        if pace is None:
+            without += len(of_kind)
+            where = "" if device is None else f" on {device}"
+            print(f"  {name}, nothing to estimate from: none is done yet{where}")
+            continue
+        seconds = sum(
+            seconds_left(job, pace, num_images=num_images.get(kind[0], 0)) for job in of_kind
+        )
+        total += seconds
+        print(
+            f"  {name}, about {format_seconds(seconds / len(of_kind))} each on {pace.device} (from "
+            f"{pace.num_jobs} that are done)"
+        )
+    if not total:
+        print("How long that takes shows once the first jobs are done.")
+        return
+    line = f"Together about {format_seconds(total)} of computing"
+    if at_once is not None and at_once > 1:
+        line += f", {format_seconds(total / min(at_once, len(chosen)))} with {at_once} at once"
+    if without:
+        line += f", and {without} jobs more of which nothing is known"
+    print(f"{line}. Evaluations are a guess, the start of jobs is not counted.")
+
+
+def _by_kind(jobs: Sequence[Job]) -> dict[tuple[str, str], list[Job]]:
+    kinds: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault((job.args.dataset, job.args.algorithm), []).append(job)
+    return kinds
 
 
 def print_running(jobs: Sequence[Job], states: States) -> None:

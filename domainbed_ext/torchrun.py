@@ -15,7 +15,7 @@ from pathlib import Path
 from domainbed_ext.display import SweepProgress
 from domainbed_ext.errors import UsageError
 from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess
-from domainbed_ext.jobs import TrainArgs, job_label, taken_by_others
+from domainbed_ext.jobs import IN_USE, TrainArgs, job_label, taken_by_others
 
 _POLL_SECONDS = 0.2
 
@@ -42,7 +42,7 @@ def run_commands(
     num_at_once: int | None,
     num_cores: int,
     devices: Sequence[str],
-) -> None:
+) -> list[Path]:
     """Runs all commands. Ctrl-C and `Stopped` make them save and leave, to be gone on with.
 
     Args:
@@ -51,6 +51,9 @@ def run_commands(
         num_at_once: How many; by default as many as there are devices for, or one on CPUs.
         num_cores: CPU cores for all of them.
         devices: CUDA devices; none for CPUs.
+
+    Returns:
+        The folders of jobs that were left to other processes, which were at work on them.
 
     Raises:
         UsageError: Fewer devices than one job takes.
@@ -71,6 +74,13 @@ def run_commands(
     threads = max(1, num_cores // (ranks * min(len(slots), len(jobs))))
 
     waiting = deque(zip(commands, jobs, strict=True))
+    in_use: list[Path] = []
+
+    def ended(job: TrainArgs, outcome: str) -> None:
+        progress.finished(job_label(job), outcome)
+        if outcome == IN_USE:
+            in_use.append(Path(job.output_dir))
+
     running: list[tuple[JobProcess, list[str] | None]] = []
     with SweepProgress(len(jobs)) as progress:
         try:
@@ -79,7 +89,7 @@ def run_commands(
                     command, job = waiting.popleft()
                     taken = taken_by_others(Path(job.output_dir))
                     if taken is not None:
-                        progress.finished(job_label(job), taken)
+                        ended(job, taken)
                         continue
                     slot = slots.pop(0)
                     environment = {"OMP_NUM_THREADS": str(threads)}
@@ -90,13 +100,14 @@ def run_commands(
                 for process, slot in [item for item in running if item[0].has_ended()]:
                     running.remove((process, slot))
                     slots.append(slot)
-                    progress.finished(job_label(process.job), process.outcome())
+                    ended(process.job, process.outcome())
                 time.sleep(_POLL_SECONDS)
         finally:
             for process, _ in running:
                 process.ask_to_stop()
             for process, _ in running:
                 process.wait()
+    return in_use
 
 
 def check_algorithms(algorithms: Sequence[str], *, ranks: int, trainable: Sequence[str]) -> None:

@@ -211,10 +211,11 @@ def _add_featurizer(module: Any) -> None:
     module.Featurizer = Featurizer
 
 
-def _add_launcher(module: Any) -> None:
-    from domainbed_ext.upstream_launcher import ltdr_local
+def _add_launchers(module: Any) -> None:
+    from domainbed_ext.upstream_launcher import ltdr_local, ltdr_slurm
 
     module.REGISTRY.setdefault("ltdr_local", ltdr_local)
+    module.REGISTRY.setdefault("ltdr_slurm", ltdr_slurm)
 
 
 def _without_addition(function: Any) -> Any:
@@ -242,5 +243,5 @@ _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "hparams_registry": _add_hparams,
     "datasets": _add_datasets,
     "networks": _add_featurizer,
-    "command_launchers": _add_launcher,
+    "command_launchers": _add_launchers,
 }

@@ -1,12 +1,13 @@
-"""`--command_launcher ltdr_local` for a DomainBed checkout's own sweep.
+"""`--command_launcher ltdr_local` and `ltdr_slurm` for a DomainBed checkout's own sweep.
 
 DomainBed's "local" runs whichever `python` comes first on PATH, one job after another, and reports
-success whatever became of them. This one runs this interpreter, one job per GPU, and fails when a
-job did.
+success whatever became of them. Ours run this interpreter: `ltdr_local` one job per GPU, and fails
+when a job did; `ltdr_slurm` hands the jobs to Slurm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -15,7 +16,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from domainbed_ext.errors import UsageError
 from domainbed_ext.launchers.devices import cuda_devices
+from domainbed_ext.launchers.slurm import SlurmLauncher
 
 _POLL_SECONDS = 0.1
 
@@ -55,6 +58,33 @@ def ltdr_local(commands: Sequence[str]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1)
+
+
+def ltdr_slurm(commands: Sequence[str]) -> None:
+    """Submits shell commands that begin with `python` to Slurm: one array, a GPU for each job.
+
+    What sbatch reads from the environment (SBATCH_PARTITION, SBATCH_TIMELIMIT, ...) goes before
+    what is asked for here.
+    """
+    if not commands:
+        return
+    jobs = [_arguments(command) for command in commands]
+    launcher = SlurmLauncher(output_dir=os.path.dirname(_folder(jobs[0])) or ".")
+    try:
+        launcher.check()
+        launcher.submit(run_task, jobs)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run_task(arguments: list[str]) -> None:
+    """What runs on a node. DomainBed's training cannot go on where it was interrupted: one that
+    Slurm starts again begins anew, without the records that it has left."""
+    if os.environ.get("SLURM_RESTART_COUNT"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(_folder(arguments), "results.jsonl"))
+    subprocess.run([sys.executable, *arguments[1:]], check=True)
 
 
 def _arguments(command: str) -> list[str]:

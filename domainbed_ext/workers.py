@@ -1,7 +1,7 @@
-"""Warm worker processes: several jobs at a time, one after the other in each process.
+"""Warm worker processes: several jobs, one after the other, in a process that imports torch once.
 
-A worker imports torch once and then runs `train` in-process, its output going to the job's out.txt
-and err.txt. The parent hands out jobs one by one, shows progress, and replaces a worker that dies.
+A worker runs `train` in-process, its output going to the job's out.txt and err.txt. It tells its
+parent how far it is and what memory it takes. `worker_pool` hands out the jobs.
 """
 
 from __future__ import annotations
@@ -14,157 +14,91 @@ import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from domainbed_ext.atomic_files import CannotWriteError
-from domainbed_ext.display import RunState, SweepProgress
-from domainbed_ext.job_process import OUTCOMES
-from domainbed_ext.jobs import (
-    ERR_FILE,
-    OUT_FILE,
-    TrainArgs,
-    job_label,
-    make_folder,
-    mark_failed,
-    taken_by_others,
-)
+from domainbed_ext.display import RunState
+from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, make_folder, mark_failed
 from domainbed_ext.log_files import LogFile
-from domainbed_ext.stop_signals import (
-    EXIT_STOPPED,
-    Stopped,
-    ask_to_stop,
-    stop_requested,
-    stops_on_signals,
-)
+from domainbed_ext.memory import MemoryReport, measure_memory
+from domainbed_ext.stop_signals import Stopped, ask_to_stop, stop_requested, stops_on_signals
 
 REPORT_SECONDS = 0.2
-_END_SECONDS = 10.0
+MEASURE_SECONDS = 1.0
 
 
-def run_jobs(
-    jobs: Sequence[TrainArgs], *, num_workers: int, threads: int, devices: Sequence[str] = ()
-) -> None:
-    """Runs all jobs. Ctrl-C and `Stopped` make the workers save and leave, to be gone on with.
+class WorkerDiedError(RuntimeError):
+    """A worker's process has ended with a job unfinished; says how."""
 
-    Args:
-        jobs: What to run, in this order.
-        num_workers: How many at once.
-        threads: CPU threads of each worker.
-        devices: CUDA devices, dealt to the workers in turn.
+
+class Worker:
+    """The parent's side of a worker process.
+
+    Attributes:
+        device: Its value of CUDA_VISIBLE_DEVICES; None for the parent's.
+        connection: Readable when there is something to `receive`.
     """
-    waiting = deque(jobs)
-    workers: list[_Worker] = []
-    with SweepProgress(len(jobs)) as progress:
-        try:
-            for number in range(min(num_workers, len(jobs))):
-                device = devices[number % len(devices)] if devices else None
-                workers.append(_Worker(threads=threads, device=device))
-            while True:
-                for worker in workers:
-                    if worker.job is None and (job := next_free(waiting, progress)):
-                        worker.start(job, progress)
-                busy = {worker.connection: worker for worker in workers if worker.job is not None}
-                if not busy:
-                    break
-                for connection in wait(list(busy)):
-                    worker = busy[connection]  # type: ignore[index]
-                    if not worker.receive(progress):
-                        workers[workers.index(worker)] = worker.replace()
-        finally:
-            for worker in workers:
-                worker.ask_to_stop()
-            for worker in workers:
-                # whoever sent a signal decides how long to wait: then comes SIGKILL
-                worker.join(None if stop_requested() else _END_SECONDS)
 
-
-def next_free(waiting: deque[TrainArgs], progress: SweepProgress) -> TrainArgs | None:
-    """Takes the next job that is still to be run: other launchers may have taken some."""
-    while waiting:
-        job = waiting.popleft()
-        outcome = taken_by_others(Path(job.output_dir))
-        if outcome is None:
-            return job
-        progress.finished(job_label(job), outcome)
-    return None
-
-
-@dataclass
-class _Worker:
-    threads: int
-    device: str | None
-    job: TrainArgs | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, *, threads: int, device: str | None) -> None:
+        self.device = device
+        self._job: TrainArgs | None = None
         # spawn, not fork: CUDA and OpenMP do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, child = context.Pipe()
-        self.process = context.Process(
-            target=_work, args=(child, self.threads, self.device), name="ltdr-worker"
+        self._process = context.Process(
+            target=_work, args=(child, threads, device), name="ltdr-worker"
         )
-        self.process.start()
+        self._process.start()
         child.close()
 
-    def start(self, job: TrainArgs, progress: SweepProgress) -> None:
+    def start(self, job: TrainArgs) -> None:
         """Hands a job over."""
-        self.job = job
-        progress.started(job_label(job))
-        try:
+        self._job = job
+        with contextlib.suppress(OSError):  # it is dead; `receive` finds out and says so
             self.connection.send(job)
-        except OSError:
-            pass  # the worker is dead; `receive` finds out and says so
 
-    def receive(self, progress: SweepProgress) -> bool:
-        """Takes one message; False when the worker is gone."""
-        assert self.job is not None
-        label = job_label(self.job)
+    def receive(self) -> RunState | MemoryReport | int:
+        """Takes one message; a number is the job's exit status.
+
+        Raises:
+            WorkerDiedError: The process is gone; the job is marked.
+        """
+        assert self._job is not None
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
-            self.process.join()
-            _mark_died(self.job, self.process.exitcode)
-            progress.finished(
-                label, f"failed, its worker died ({_exit_words(self.process.exitcode)})"
-            )
-            self.job = None
-            return False
-        if isinstance(message, RunState):
-            progress.report(label, message)
-        else:
-            progress.finished(label, OUTCOMES.get(message, f"failed ({message})"))
-            self.job = None
-        return message != EXIT_STOPPED
+            self._process.join()
+            self.connection.close()
+            words = _exit_words(self._process.exitcode)
+            _mark_died(self._job, words)
+            raise WorkerDiedError(words) from None
+        if isinstance(message, int):
+            self._job = None
+        return message
 
-    def replace(self) -> _Worker:
-        """A fresh worker with the same settings."""
+    def retire(self) -> None:
+        """Lets a worker without a job end; it may take its time."""
         self.connection.close()
-        return _Worker(threads=self.threads, device=self.device)
 
     def ask_to_stop(self) -> None:
         """Makes the process end: after its step and a checkpoint if it is at work."""
-        if self.job is not None and self.process.pid is not None:
-            ask_to_stop(self.process.pid)
+        if self._job is not None and self._process.pid is not None:
+            ask_to_stop(self._process.pid)
         self.connection.close()
 
     def join(self, seconds: float | None) -> None:
         """Waits so long for the process to end; then ends it."""
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
 
-def _mark_died(job: TrainArgs, exitcode: int | None) -> None:
+def _mark_died(job: TrainArgs, how: str) -> None:
     folder = Path(job.output_dir)
-    message = (
-        f"the worker process died ({_exit_words(exitcode)}); "
-        "the job goes on when it is launched again"
-    )
+    message = f"the worker process died ({how}); the job goes on when it is launched again"
     try:
         make_folder(folder)
         with open(folder / ERR_FILE, "a", encoding="utf-8") as file:
@@ -197,26 +131,41 @@ def _work(connection: Connection, threads: int, device: str | None) -> None:
     with contextlib.suppress(EOFError, OSError, Stopped), stops_on_signals():
         while not stop_requested():
             # fails when the parent has closed its end, or is gone
-            connection.send(_run_into_files(connection.recv(), reporter))
+            job = connection.recv()
+            reporter.begin()
+            connection.send(_run_into_files(job, reporter))
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
 
 class _Reporter:
-    """Sends a run's progress to the parent, a few times a second."""
+    """Sends a run's progress to the parent, a few times a second, and the memory it takes."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._sent = 0.0
+        self._sent = self._measured = 0.0
+        self._steps = 0
+
+    def begin(self) -> None:
+        """Another job."""
+        self._steps = 0
 
     def __call__(self, state: RunState) -> None:
         now = time.monotonic()
-        if now - self._sent < REPORT_SECONDS and state.phase == "training":
-            return
-        self._sent = now
+        self._steps += state.phase == "training"
+        if now - self._measured >= MEASURE_SECONDS:
+            self._measured = now
+            report = measure_memory(self._steps)
+            if report is not None:
+                self._send(report)
+        if now - self._sent >= REPORT_SECONDS or state.phase != "training":
+            self._sent = now
+            self._send(state)
+
+    def _send(self, message: RunState | MemoryReport) -> None:
         try:
-            self._connection.send(state)
+            self._connection.send(message)
         except OSError:
             ask_to_stop(os.getpid())  # the parent is gone: nobody waits for the rest now
 

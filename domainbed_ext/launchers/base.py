@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar
 
 from domainbed_ext.errors import UsageError
@@ -27,6 +28,7 @@ class Launcher:
 
     hands_over: ClassVar[bool] = False  # `launch` returns before the jobs have ended
     only_shows: ClassVar[bool] = False  # nothing is run, so nobody needs to be asked
+    runs_here: ClassVar[bool] = False  # on the devices of this machine
 
     jobs: int | None = None
     gpus_per_job: int = 1
@@ -40,6 +42,10 @@ class Launcher:
         """The launcher that the parsed command line of `sweep` asks for."""
         return cls(**{item.name: getattr(args, item.name) for item in fields(cls)})
 
+    def num_at_once(self, jobs: Sequence[TrainArgs]) -> int | None:
+        """How many of the jobs would run side by side; None if that is not known before."""
+        return self.jobs
+
     def check(self) -> None:
         """Refuses settings that cannot be, before anything is run."""
         if self.jobs is not None and self.jobs < 1:
@@ -47,13 +53,16 @@ class Launcher:
         if self.gpus_per_job < 1:
             raise UsageError(f"--gpus_per_job {self.gpus_per_job} is too small; choose 1 or more")
 
-    def launch(self, commands: Sequence[Sequence[str]]) -> None:
+    def launch(self, commands: Sequence[Sequence[str]]) -> list[Path]:
         """Runs the commands, and returns when they have ended or, if `hands_over`, will run.
 
         Args:
             commands: Argument lists, never shell strings: `[python, "-m", TRAIN_MODULE, *flags]`,
                 or the same under torchrun for a job that takes several GPUs
                 (`domainbed_ext.torchrun`).
+
+        Returns:
+            The folders of jobs that other processes were at work on, and which were left to them.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define launch")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from domainbed_ext.launchers.base import Launcher
 
@@ -16,6 +17,7 @@ class DummyLauncher(Launcher):
     hands_over = True
     only_shows = True
 
-    def launch(self, commands: Sequence[Sequence[str]]) -> None:
+    def launch(self, commands: Sequence[Sequence[str]]) -> list[Path]:
         for command in commands:
             print(f"Dummy launcher: {shlex.join(command)}")
+        return []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.launchers import devices
 from domainbed_ext.launchers.base import Launcher, jobs_of
 
@@ -14,22 +16,30 @@ class LocalLauncher(Launcher):
     """Warm worker processes, each of which imports torch once; or torchrun, for jobs that take
     several GPUs."""
 
-    def launch(self, commands: Sequence[Sequence[str]]) -> None:
+    runs_here = True
+
+    def num_at_once(self, jobs: Sequence[TrainArgs]) -> int:
+        cuda = devices.cuda_devices() if any(job.device != "cpu" for job in jobs) else []
+        if self.gpus_per_job > 1:
+            return self.jobs or max(1, len(cuda) // self.gpus_per_job)
+        number = self.jobs or default_workers([job.dataset for job in jobs], num_devices=len(cuda))
+        return max(1, min(number, len(jobs)))
+
+    def launch(self, commands: Sequence[Sequence[str]]) -> list[Path]:
+        from domainbed_ext.seats import Seats
         from domainbed_ext.torchrun import run_commands
-        from domainbed_ext.workers import run_jobs
+        from domainbed_ext.worker_pool import run_jobs
 
         jobs = jobs_of(commands)
         cores = devices.num_cores()
         cuda = devices.cuda_devices() if any(job.device != "cpu" for job in jobs) else []
         if self.gpus_per_job > 1:
-            run_commands(commands, jobs, num_at_once=self.jobs, num_cores=cores, devices=cuda)
-            return
-        num_workers = self.jobs or default_workers(
-            [job.dataset for job in jobs], num_devices=len(cuda)
-        )
-        num_workers = max(1, min(num_workers, len(jobs)))
+            return run_commands(
+                commands, jobs, num_at_once=self.jobs, num_cores=cores, devices=cuda
+            )
+        num_workers = self.num_at_once(jobs)
         threads = max(1, cores // num_workers)
-        run_jobs(jobs, num_workers=num_workers, threads=threads, devices=cuda)
+        return run_jobs(jobs, seats=Seats.dealt(num_workers, cuda), threads=threads)
 
 
 def default_workers(datasets: Sequence[str], *, num_devices: int) -> int:

@@ -38,6 +38,7 @@ from domainbed_ext.scripts.train import (
 from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stops_on_signals
 from domainbed_ext.sweep_report import (
     count_words,
+    print_estimate,
     print_failed,
     print_jobs,
     print_reasons,
@@ -92,7 +93,8 @@ examples:
 
 then: ltdr collect --input_dir sweep_output
 
-exit status: 0 all jobs done, 1 a job failed, 2 bad input, 130 interrupted, 143 stopped by SIGTERM,
+exit status: 0 all jobs done or with other processes, 1 a job failed, 2 bad input, 130 interrupted, 143
+stopped by SIGTERM,
 which makes the jobs write a checkpoint and leave
 """
 
@@ -166,6 +168,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--skip_confirmation", action="store_true", help="do not ask")
     parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="say how many jobs would be run and about how long they would take, and stop",
+    )
+    parser.add_argument(
         "--diverged",
         action="store_true",
         help="retry_failed: diverged jobs too, which diverge again unless something has changed",
@@ -233,7 +241,8 @@ def sweep(args: argparse.Namespace) -> int:
             f"{', '.join(REGISTRY)}"
         )
     launcher = REGISTRY[args.command_launcher].from_args(args)
-    launcher.check()
+    if args.command in ("launch", "resume", "retry_failed"):
+        launcher.check()
     if args.diverged and args.command != "retry_failed":
         raise UsageError(f"--diverged goes with retry_failed, not with {args.command}")
     check_algorithms(args.algorithms, ranks=args.gpus_per_job, trainable=VIT_ALGORITHMS)
@@ -256,6 +265,16 @@ def sweep(args: argparse.Namespace) -> int:
         return EXIT_OK
     if args.command == "delete_incomplete":
         return _delete_incomplete(jobs, states, args)
+    if args.dry_run:
+        print_estimate(
+            [job for job in jobs if _is_chosen(job, states[job.output_dir], args)],
+            jobs,
+            states,
+            num_images={item.name: item.num_images for item in found},
+            device=_device_here(args) if launcher.runs_here else None,
+            at_once=launcher.num_at_once([job.args for job in jobs]),
+        )
+        return EXIT_OK
     return _launch(jobs, states, launcher, args)
 
 
@@ -292,28 +311,40 @@ def _launch(
     args: argparse.Namespace,
 ) -> int:
     chosen = [job for job in jobs if _is_chosen(job, states[job.output_dir], args)]
-    watched = [*chosen]
+    elsewhere: set[Path] = set()  # jobs that other processes work on
     if args.command != "retry_failed":
-        watched += [job for job in jobs if states[job.output_dir] is JobState.RUNNING]
+        elsewhere = {folder for folder, state in states.items() if state is JobState.RUNNING}
     if chosen:
         going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in chosen)
         remark = f", {going_on} of them from their last checkpoint" if going_on else ""
         _confirm(f"About to run {len(chosen)} jobs in {args.output_dir}{remark}.", args)
         if not launcher.only_shows:
             chosen = [job for job in chosen if _clear_failure(job, states[job.output_dir])]
-    elif not watched or launcher.hands_over:
+    elif not elsewhere or launcher.hands_over:
         print("Nothing to launch.")
     launches: Counter[Path] = Counter()
     while True:
         if chosen:
-            launcher.launch(_commands(chosen, args))
+            elsewhere -= {job.output_dir for job in chosen}
+            elsewhere |= {*launcher.launch(_commands(chosen, args))}
         if launcher.hands_over:
             return EXIT_OK
         launches.update(job.output_dir for job in chosen)
-        candidates = [job for job in watched if launches[job.output_dir] < MAX_LAUNCHES]
+        candidates = [
+            job
+            for job in jobs
+            if job.output_dir in elsewhere and launches[job.output_dir] < MAX_LAUNCHES
+        ]
         chosen = left_behind(candidates, wait=args.wait)
         if not chosen:
             return _report(jobs, [job for job in jobs if launches[job.output_dir]], args)
+
+
+def _device_here(args: argparse.Namespace) -> str:
+    from domainbed_ext.provenance import device_name
+    from domainbed_ext.runs import choose_device
+
+    return device_name(choose_device(args.device))
 
 
 def _is_chosen(job: Job, state: JobState, args: argparse.Namespace) -> bool:
@@ -365,6 +396,10 @@ def _delete_incomplete(
     folders = [job.output_dir for job in jobs if states[job.output_dir] not in kept]
     if not folders:
         print("Nothing to delete.")
+        return EXIT_OK
+    if args.dry_run:
+        print(f"Dry run: {len(folders)} job folders would be deleted, and none is.")
+        print(*folders, sep="\n")
         return EXIT_OK
     _confirm(
         f"About to delete {len(folders)} job folders in {args.output_dir}, checkpoints included.",

@@ -51,6 +51,7 @@ from domainbed_ext.jobs import (
     run_identity,
     tidy_up,
 )
+from domainbed_ext.memory import is_out_of_memory
 from domainbed_ext.progress_file import ProgressFile
 from domainbed_ext.seeds import seed_hash
 from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stop_requested, stops_on_signals
@@ -282,7 +283,8 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
                     raise lost from error
                 message = f"rank {ranks.rank}: {message}"
             with contextlib.suppress(OSError):  # of a full disk, say, which is what failed then
-                mark_failed(folder, reason="error", message=message)
+                reason = "memory" if is_out_of_memory(error) else "error"
+                mark_failed(folder, reason=reason, message=message)
             raise
 
 

@@ -89,7 +89,7 @@ def test_everything_survives_a_reload(enter):
     assert datasets.DATASETS == ["Debug28", "PACS", "RotatedDigits", "ColoredDigits"]
     assert registry.default_hparams("GMOE", "PACS")["moe_top_k"] == 1
     assert networks.Featurizer((1, 28, 28), {}) == "a network for digits"
-    assert sorted(launchers.REGISTRY) == ["local", "ltdr_local"]
+    assert sorted(launchers.REGISTRY) == ["local", "ltdr_local", "ltdr_slurm"]
 
 
 def test_extending_twice_changes_nothing(enter):
@@ -280,7 +280,7 @@ def test_train_tells_what_domainbed_does_not_pass_on(tmp_path):
     assert shown["LTDR"]["schedule_steps"] == 40
     assert shown["named"] == [f"folder:{place}"]
     assert shown["algorithms"] == ["ERM", "Fish", *VIT_ALGORITHMS]
-    assert shown["launchers"] == ["local", "ltdr_local"]
+    assert shown["launchers"] == ["local", "ltdr_local", "ltdr_slurm"]
 
 
 def _pictures(root):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 
 import pytest
 
 from domainbed_ext import upstream_launcher
+from domainbed_ext.launchers.slurm import SlurmLauncher
 from domainbed_ext.upstream_launcher import ltdr_local
 
 
@@ -51,3 +53,41 @@ def test_each_device_gets_one_job_at_a_time(tmp_path, monkeypatch):
 
 def test_nothing_to_do_is_no_failure():
     ltdr_local([])
+
+
+def test_slurm_gets_one_task_for_each_job(monkeypatch, tmp_path):
+    submitted = []
+    monkeypatch.setattr(SlurmLauncher, "check", lambda self: None)
+    monkeypatch.setattr(
+        SlurmLauncher,
+        "submit",
+        lambda self, task, jobs: submitted.append((self.output_dir, task, jobs)),
+    )
+    upstream_launcher.ltdr_slurm([job("pass", tmp_path / "a"), job("pass", tmp_path / "b")])
+    ((folder, task, jobs),) = submitted
+    assert (folder, task) == (str(tmp_path), upstream_launcher.run_task)
+    assert [arguments[0] for arguments in jobs] == [sys.executable] * 2
+    upstream_launcher.ltdr_slurm([])
+    assert len(submitted) == 1
+
+
+def test_without_slurm_the_sweep_ends_with_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as stopped:
+        upstream_launcher.ltdr_slurm([job("pass")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --command_launcher slurm ")
+
+
+@pytest.mark.parametrize("restarts", [None, "1"])
+def test_a_job_that_slurm_starts_again_begins_anew(monkeypatch, tmp_path, restarts):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    records = tmp_path / "results.jsonl"
+    records.write_text("left\n")
+    code = f"open({str(records)!r}, 'a').write('new\\n')"
+    upstream_launcher.run_task([sys.executable, "-c", code, "--output_dir", str(tmp_path)])
+    assert records.read_text() == ("new\n" if restarts else "left\nnew\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        upstream_launcher.run_task([sys.executable, "-c", "raise SystemExit(1)"])
