@@ -17,6 +17,7 @@ from domainbed_ext.trial_values import EMOJIDG_METRICS
 _EMOJIDG_COLUMNS = ("seen", "unseen", "unseen, per class", "ceiling", "gap")
 # Of those, what the table of differences in accuracy does not hold already.
 _APART = {"seen": "seen", "unseen_class": "unseen, per class", "ceiling": "ceiling", "gap": "gap"}
+_LAST_NUMBER = r"\[\d+\]$"
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,15 @@ def _footnotes(frame: pd.DataFrame, columns: str) -> list[str]:
 
 
 def _reasons(missing: pd.DataFrame, columns: str, what: str, *, places: int) -> list[str]:
-    """One line for each reason, saying where it applies unless that is everywhere."""
+    """One line for each reason, saying where it applies unless that is everywhere. Reasons that
+    differ in a number at their end, "no run with test_envs [0]" and "... [1]", share a line.
+    """
     notes = []
     missing = missing[missing["reason"] != NEEDS_EVERY_DOMAIN]
-    for reason, rows in missing.groupby("reason", sort=False):
+    common = missing["reason"].str.replace(_LAST_NUMBER, "", regex=True)
+    for shared, rows in missing.groupby(common, sort=False):
+        numbers = [reason.removeprefix(str(shared)) for reason in rows["reason"].unique()]
+        reason = f"{shared}{', '.join(numbers)}"
         where = [
             f"{algorithm} ({', '.join(dict.fromkeys(own[columns]))})"
             for algorithm, own in rows.groupby("algorithm", sort=False)

@@ -171,7 +171,7 @@ class TensorBoard(Tracker):
 
 
 class WandB(Tracker):
-    """A run of Weights & Biases; `wandb.json` in the folder remembers which, and its last step."""
+    """A run of Weights & Biases; `wandb.json` remembers which, and how many records it has."""
 
     _run: Any = None
 
@@ -179,16 +179,17 @@ class WandB(Tracker):
         super().__init__(run)
         self.project = run.args.wandb
         self._id = uuid.uuid4().hex[:16]
-        self._last_step = -1
+        self._num_seen = self._num_sent = 0
 
     def add(self, record: Record) -> None:
         if self._run is None:
             self._open()
-        if record["step"] <= self._last_step:
+        self._num_seen += 1
+        if self._num_seen <= self._num_sent:
             return
         self._run.log(scalars(record), step=record["step"])
-        self._last_step = record["step"]
-        state = {"id": self._id, "last_step": self._last_step}
+        self._num_sent = self._num_seen
+        state = {"id": self._id, "records": self._num_sent}
         write_atomically(self.folder / WANDB_FILE, json.dumps(state) + "\n")
 
     def close(self, *, failed: bool) -> None:
@@ -201,7 +202,7 @@ class WandB(Tracker):
         path = self.folder / WANDB_FILE
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
-            self._id, self._last_step = known["id"], known["last_step"]
+            self._id, self._num_sent = known["id"], known["records"]
         self._run = wandb.init(
             project=self.project,
             id=self._id,
@@ -216,8 +217,11 @@ class WandB(Tracker):
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """A record's numbers under names that trackers group by what is before the slash:
-    "accuracy/test", "in_acc/0_art_painting", "loss/balance_loss", "run/lr".
+    "accuracy/test", "in_acc/0_art_painting", "loss/balance_loss", "run/lr". Those of the average
+    that SWAD ends with, at the last step as the record before it, are "swad_accuracy/test" and so
+    on.
     """
+    from domainbed_ext.records import weights_of
     from domainbed_ext.selection import split_accs
 
     names = (record.get("provenance") or {}).get("environments") or []
@@ -232,7 +236,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
             found[f"{match[2]}/{name}"] = value
         else:
             found[f"{'loss' if 'loss' in key else 'run'}/{key}"] = value
-    return found
+    return {f"swad_{n}": v for n, v in found.items()} if weights_of(record) == "swad" else found
 
 
 @contextlib.contextmanager

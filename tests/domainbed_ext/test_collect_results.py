@@ -130,6 +130,14 @@ def test_single_env_sweeps_are_told_what_leave_one_out_needs(tmp_path, capsys):
     )
 
 
+def test_domains_that_were_not_run_share_a_line(tmp_path, capsys):
+    records = [r for r in hand_made_records() if r["args"]["test_envs"] == [0]]
+    write_sweep(tmp_path, records)
+    arguments = ["--input_dir", tmp_path, "--selection", "training-domain"]
+    printed = _run(collect_results.main, *arguments, capsys=capsys).out
+    assert "X at ERM (1, 2): no run with test_envs [1], [2]\n" in printed
+
+
 def test_selection_limits_the_tables(sweep, capsys):
     for extra in (["--format", "domainbed"], []):
         arguments = ["--input_dir", sweep, "--selection", "oracle", *extra]

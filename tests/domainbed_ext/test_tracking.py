@@ -87,6 +87,21 @@ def test_numbers_get_names_that_group():
     assert scalars(record_of(0))["out_acc/2"] == 0.4  # records of DomainBed name no domains
 
 
+def test_the_average_of_swad_is_told_apart_from_the_last_step(tmp_path, wandb):
+    average = record_of(10, provenance={"weights": "swad"})
+    with tracked(fake_run(tmp_path, wandb="dg"), [record_of(0)]) as track:
+        track(record_of(10))
+        track(average)
+    with tracked(fake_run(tmp_path, wandb="dg"), [record_of(0), record_of(10), average]):
+        pass
+    events = read_events(tmp_path)
+    assert [step for step, _ in events["accuracy/test"]] == [0, 10]
+    assert events["swad_accuracy/test"] == [(10, 0.5)]
+    logged = [said for said in wandb() if "log" in said]
+    logged = [(said["log"], "swad_accuracy/test" in said["values"]) for said in logged]
+    assert logged == [(0, False), (10, False), (10, True)]
+
+
 def test_tensorboard_has_every_record_of_a_run_once(tmp_path):
     records = train_here(tmp_path)
     events = read_events(tmp_path)
