@@ -39,6 +39,10 @@ VALUES: dict[str, Values] = {
     "swad_n_tolerance": Integer("evaluations above the threshold that end the average", low=1),
     "swad_tolerance_ratio": Number("how far above the converged loss the threshold is"),
     "evaluate_raw": Flag("evaluate the weights before averaging too"),
+    "precision": Choice("arithmetic of the network", ("fp32", "bf16")),
+    "eval_batch_size": Integer("images per evaluation batch", low=1),
+    "fused_optimizer": Choice("one kernel per step; auto: on CUDA", ("auto", "on", "off")),
+    "channels_last": Flag("hand images to convolutions with their channels last"),
     # the ViT algorithms
     "backbone": Name("timm name of the dense model"),
     "pretrained": Flag("start from the backbone's published weights"),
@@ -50,8 +54,7 @@ VALUES: dict[str, Values] = {
     "label_smoothing": Number("label smoothing", high=1.0, high_open=True),
     "drop_path": Number("stochastic depth of the last block", high=1.0, high_open=True),
     "grad_clip": Number("largest gradient norm; 0: off"),
-    "precision": Choice("arithmetic of the network", ("fp32", "bf16")),
-    "eval_batch_size": Integer("images per evaluation batch", low=1),
+    "compile": Choice("what of the network is compiled for training", ("none", "blocks")),
     # the mixtures of experts
     "moe_num_experts": Integer("experts per sparse block (DYNAMIC: at the start)", low=1),
     "moe_top_k": Integer("experts per token", low=1),
@@ -64,6 +67,9 @@ VALUES: dict[str, Values] = {
     "moe_expert_dropout": Number("dropout inside an expert", high=1.0, high_open=True),
     "moe_capacity_factor": Number("room per expert, as a multiple of a fair share; 0: no limit"),
     "moe_balance_weight": Number("weight of the load-balancing loss"),
+    "moe_backend": Choice(
+        "how experts are computed", ("auto", "loop", "blocked", "grouped", "dense", "triton")
+    ),
     "moe_dispatcher": Choice(
         "how tokens reach their experts", ("local", "all_to_all", "tutel", "auto")
     ),
@@ -199,6 +205,11 @@ def _check_stages(hparams: Mapping[str, Any]) -> None:
             "classifier; raise the share, or pass true"
         )
 
+    if hparams.get("moe_backend") == "dense" and hparams.get("moe_dispatcher", "local") != "local":
+        raise UsageError(
+            f"hparam moe_backend='dense' computes all experts on one device, which "
+            f"moe_dispatcher={hparams['moe_dispatcher']!r} does not; change one of them"
+        )
     if hparams.get("weight_averaging") == "swad" and hparams.get("ema_decay"):
         raise UsageError(
             f"hparam ema_decay={hparams['ema_decay']} belongs to weight_averaging='ema', not "

@@ -28,7 +28,7 @@ from domainbed_ext.hparam_draws import (
 )
 from domainbed_ext.hparam_values import check_together, check_value, read_json_object
 from domainbed_ext.router_hparams import ROUTER_HPARAMS
-from domainbed_ext.training_hparams import averaging
+from domainbed_ext.training_hparams import averaging, erm, speed
 
 # Row order of tables: DomainBed's algorithms in its order, then ours.
 UPSTREAM_ALGORITHMS: tuple[str, ...] = tuple(
@@ -122,7 +122,7 @@ def registered_hparams(algorithm: str, dataset: str) -> list[HParam]:
 
 def optional_hparams(algorithm: str, dataset: str) -> list[HParam]:
     """Further ones that an algorithm takes: all of them are in a run for which one is given."""
-    return averaging(dataset) if algorithm == "ERM" else []
+    return [*averaging(dataset), *erm()] if algorithm == "ERM" else []
 
 
 def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
@@ -291,6 +291,8 @@ def _vit(dataset: str) -> list[HParam]:
         *averaging(dataset),
         fixed("precision", "fp32"),
         fixed("eval_batch_size", 256),
+        *speed(),
+        fixed("compile", "none"),
     ]
     overrides = SMALL_DATASET_DEFAULTS.get(dataset)
     if overrides is None:

@@ -1,4 +1,4 @@
-"""How a ViT is optimised: optimizer, learning-rate schedule, precision."""
+"""How a network is optimised: optimizer, learning-rate schedule, precision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from domainbed_ext.errors import UsageError
 
@@ -26,6 +26,24 @@ def create_optimizer(network: nn.Module, hparams: Mapping[str, Any]) -> torch.op
         {"params": spared, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=hparams["lr"])
+
+
+def use_fused_kernels_(optimizer: torch.optim.Optimizer, hparams: Mapping[str, Any]) -> None:
+    """Have Adam or AdamW take a step in one kernel, where that is wanted; "auto": on CUDA.
+
+    Called before a step: where the parameters will be is not known when an optimizer is made.
+    """
+    choice = hparams.get("fused_optimizer", "auto")
+    for group in optimizer.param_groups:
+        on_cuda = all(parameter.is_cuda for parameter in group["params"])
+        fused = True if choice == "on" or (choice == "auto" and on_cuda) else None
+        if group.get("fused") == fused:
+            continue
+        group["fused"] = fused
+        for parameter in group["params"]:  # of a run that begun on another device
+            if fused and parameter in optimizer.state:
+                state = optimizer.state[parameter]
+                state["step"] = state["step"].to(parameter.device)
 
 
 def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
@@ -64,6 +82,17 @@ class learning_rate_factor:  # noqa: N801  used like a function; a class so that
             return 1.0
         fall = (done - self.warmup) / max(1 - self.warmup, 1e-12)
         return (1 + math.cos(math.pi * fall)) / 2
+
+
+def as_input(x: Tensor, hparams: Mapping[str, Any]) -> Tensor:
+    """Images as the network is to get them: their channels last in memory, where that is wanted.
+
+    Convolutions go along with their input. The weights stay as they are, and with them all that is
+    saved.
+    """
+    if hparams.get("channels_last", False):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def autocast(device: torch.device, precision: str):

@@ -36,6 +36,7 @@ def moe(algorithm: str, *, without: Collection[str] = ()) -> list[HParam]:
         fixed("moe_capacity_factor", 1.5 if published else 0.0),
         fixed("moe_balance_weight", 0.01),
         fixed("moe_dispatcher", "local"),
+        fixed("moe_backend", "auto"),
     ]
     return [hparam for hparam in hparams if hparam.name not in without]
 

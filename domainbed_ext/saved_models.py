@@ -53,8 +53,8 @@ def load_algorithm(
     path, info = Path(folder) / f"{name}.safetensors", read_model_info(folder, name=name)
     # The weights come from the file, so nothing needs to be downloaded first.
     hparams = {**info["model_hparams"], "pretrained": False}
-    if "moe_dispatcher" in hparams:  # one process, which need not have Tutel
-        hparams["moe_dispatcher"] = "local"
+    if "moe_dispatcher" in hparams:  # one process, which need not have Tutel, nor that device
+        hparams.update(moe_dispatcher="local", moe_backend="auto")
     algorithm = get_algorithm_class(info["args"]["algorithm"])(
         tuple(info["model_input_shape"]),
         info["model_num_classes"],

@@ -19,3 +19,15 @@ def averaging(dataset: str) -> list[HParam]:
         fixed("swad_tolerance_ratio", 0.2 if dataset == "VLCS" else 0.3),
         fixed("evaluate_raw", False),
     ]
+
+
+def speed() -> list[HParam]:
+    return [
+        fixed("fused_optimizer", "auto"),
+        fixed("channels_last", False),
+    ]
+
+
+def erm() -> list[HParam]:
+    """What ERM takes beyond DomainBed's."""
+    return [fixed("precision", "fp32"), fixed("eval_batch_size", 64), *speed()]

@@ -25,12 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmoe_ltdr.kernels import triton_available
+from gmoe_ltdr.kernels import triton_takes
 
 if TYPE_CHECKING:
     from gmoe_ltdr.experts import StackedExperts
 
 Weights = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None"]
+
+
+class UnfitBackendError(ValueError):
+    """A back end that was asked for by name cannot compute these experts here."""
 
 
 def compute_experts(
@@ -80,9 +84,9 @@ def grouped_fits(experts: StackedExperts, tokens_ND: Tensor) -> bool:
 
 
 def triton_fits(experts: StackedExperts, tokens_ND: Tensor) -> bool:
-    """Whether our kernels know this activation and type."""
+    """Whether our kernels know this device, activation and type."""
     return (
-        triton_available()
+        triton_takes(tokens_ND)
         and tokens_ND.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and type(experts.act) is nn.GELU
         and experts.act.approximate == "none"
@@ -151,7 +155,7 @@ def grouped(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Ten
     """`grouped_mm` on rows and offsets; the number of rows per expert stays on the device."""
     if not grouped_possible(experts, tokens_ND):
         _, dim, hidden_dim = experts.fc2_weight.shape
-        raise ValueError(
+        raise UnfitBackendError(
             "the grouped back end needs torch.nn.functional.grouped_mm and rows of a multiple of "
             f"16 bytes; PyTorch is {torch.__version__}, rows are {dim} and {hidden_dim} values of "
             f"{tokens_ND.dtype}; use the back end 'auto'"
@@ -216,7 +220,7 @@ def triton(experts: StackedExperts, tokens_ND: Tensor, tokens_per_expert_E: Tens
     from gmoe_ltdr.triton_experts import triton_experts
 
     if not triton_fits(experts, tokens_ND):
-        raise ValueError(
+        raise UnfitBackendError(
             f"the triton back end needs Triton, a GPU of compute capability 8.0, exact GELU and "
             f"float32, bfloat16 or float16; these experts have {experts.act} and "
             f"{tokens_ND.dtype} rows on {tokens_ND.device}; use the back end 'auto'"

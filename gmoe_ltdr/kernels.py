@@ -20,5 +20,10 @@ def triton_available() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+def triton_takes(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels can run where a tensor is."""
+    return triton_available() and (tensor.is_cuda or triton_interprets())
+
+
 def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

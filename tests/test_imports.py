@@ -61,6 +61,7 @@ def test_only_algorithms_and_training_know_the_method():
     assert users <= {
         "algorithms",
         "backbones.py",
+        "compilation.py",
         "routing_inspection.py",
         "weight_averaging.py",
     }

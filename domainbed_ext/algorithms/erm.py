@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from domainbed_ext.algorithms.base import Algorithm, join, register_algorithm
 from domainbed_ext.networks import create_classifier, create_featurizer
+from domainbed_ext.optimization import as_input, autocast, use_fused_kernels_
 from domainbed_ext.weight_averaging import create_average
 
 
@@ -32,10 +33,13 @@ class ERM(Algorithm):
         loss = F.cross_entropy(self.predict(x), y)
         self.optimizer.zero_grad()
         loss.backward()
+        use_fused_kernels_(self.optimizer, self.hparams)
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
         return {"loss": loss.item()}
 
     def predict(self, x):
-        return self.classifier(self.featurizer(x))
+        x = as_input(x, self.hparams)
+        with autocast(x.device, self.hparams.get("precision", "fp32")):
+            return self.classifier(self.featurizer(x)).float()

@@ -21,8 +21,17 @@ from domainbed_ext.backbones import (
     spec_from_hparams,
     timm_arguments,
 )
+from domainbed_ext.errors import UsageError
 from domainbed_ext.optimization import autocast
-from gmoe_ltdr import MoESpec, Routing, balance_loss, collect_routing, create_moe_vit
+from gmoe_ltdr import (
+    MoESpec,
+    Routing,
+    balance_loss,
+    collect_routing,
+    create_moe_vit,
+    use_expert_backend,
+)
+from gmoe_ltdr.expert_backends import UnfitBackendError
 from gmoe_ltdr.image_info import set_image_info
 
 
@@ -43,12 +52,21 @@ class SparseViT(ERM_ViT):
         self.spec = self.create_spec()
         arguments = timm_arguments(input_shape, num_classes, self.hparams)
         with hparams_are_to_blame(self.hparams):
-            return create_moe_vit(
+            network = create_moe_vit(
                 self.hparams["backbone"],
                 self.spec,
                 ep_group=expert_parallel_group(self.hparams),
                 **arguments,
             )
+        return use_expert_backend(network, self.hparams.get("moe_backend", "auto"))
+
+    def run_network(self, x: Tensor) -> Tensor:
+        try:
+            return super().run_network(x)
+        except UnfitBackendError as error:
+            raise UsageError(
+                f"hparam moe_backend={self.hparams['moe_backend']!r}: {error}"
+            ) from error
 
     def describe_images(self, x: Tensor, domains: Tensor | None) -> dict[str, Tensor]:
         """What routers are told of images besides their pixels: arguments of `set_image_info`.

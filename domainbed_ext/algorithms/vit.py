@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 from domainbed_ext.algorithms.base import Algorithm, domains_of, join, register_algorithm
 from domainbed_ext.backbones import hparams_are_to_blame, timm_arguments, weights_tag
+from domainbed_ext.compilation import compile_blocks_, share_graphs_, without_compiler
 from domainbed_ext.distributed import current_ranks
 from domainbed_ext.optimization import (
+    as_input,
     autocast,
     create_optimizer,
     learning_rate_factor,
+    use_fused_kernels_,
 )
 from domainbed_ext.weight_averaging import create_average
 from gmoe_ltdr.expert_parallel import (
@@ -39,6 +43,9 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.network = self.create_network(input_shape, num_classes)
+        self._is_compiled = hparams.get("compile") == "blocks"
+        if self._is_compiled:
+            share_graphs_(self.network)
         self.weights_tag = weights_tag(hparams)
         self.optimizer = create_optimizer(self.network, hparams)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -73,6 +80,7 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
 
     def run_network(self, x: Tensor) -> Tensor:
         """Logits in training."""
+        x = as_input(x, self.hparams)
         return self._parallel[0](x) if self._parallel else self.network(x)
 
     def distribute_(self) -> None:
@@ -86,6 +94,10 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
 
     def update(self, minibatches, unlabeled=None):
         x, y = join(minibatches)
+        # here, because where the network will be is not known when it is made
+        use_fused_kernels_(self.optimizer, self.hparams)
+        if self._is_compiled:
+            compile_blocks_(self.network, x.device)
         with autocast(x.device, self.hparams["precision"]):
             loss, numbers = self.loss(x, y, domains_of(minibatches))
         self.optimizer.zero_grad()
@@ -113,7 +125,9 @@ class ERM_ViT(Algorithm):  # noqa: N801  the name of the algorithm in sweeps and
         return self.network
 
     def predict(self, x):
-        with autocast(x.device, self.hparams["precision"]):
+        x = as_input(x, self.hparams)
+        compiler = without_compiler() if self._is_compiled else nullcontext()
+        with compiler, autocast(x.device, self.hparams["precision"]):
             return self.predicting_network(x).float()
 
     def training_state(self) -> dict[str, Any]:

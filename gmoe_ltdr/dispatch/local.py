@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from gmoe_ltdr.dispatch.base import Dispatched
 from gmoe_ltdr.dispatch.static_rows import StaticTicket, combine_static, dispatch_static
+from gmoe_ltdr.kernels import triton_takes
 from gmoe_ltdr.routing import Routing
 
 
@@ -57,8 +58,9 @@ class LocalDispatcher:
         device = tokens_TD.device.type
         if torch.is_autocast_enabled(device):  # the experts would convert every copy
             tokens_TD = tokens_TD.to(torch.get_autocast_dtype(device))
-        if tokens_TD.is_cuda or self.triton or torch.compiler.is_compiling():
-            return dispatch_static(tokens_TD, routing, triton=self.triton)
+        triton = self.triton and triton_takes(tokens_TD)
+        if tokens_TD.is_cuda or triton or torch.compiler.is_compiling():
+            return dispatch_static(tokens_TD, routing, triton=triton)
 
         mask_TE = routing.dispatch_mask_TE
         tokens_per_expert_E = mask_TE.sum(0)

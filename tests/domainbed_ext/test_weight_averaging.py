@@ -450,11 +450,13 @@ def test_erm_takes_them_and_stays_domainbeds():
     assert with_overrides(plain, {"lr": 1e-4}, "ERM", "VLCS") == {**plain, "lr": 1e-4}
     overrides = parse_hparams('{"weight_averaging": "swad"}', "ERM", "VLCS")
     hparams = with_overrides(plain, overrides, "ERM", "VLCS")
-    added = {name: value for name, value in hparams.items() if name not in plain}
     published = {"swad_n_converge": 3, "swad_n_tolerance": 6, "swad_tolerance_ratio": 0.2}
-    assert added == {
-        "weight_averaging": "swad", "ema_decay": 0.0, "evaluate_raw": False, **published,
-    }  # fmt: skip
+    added = {
+        **{"weight_averaging": "swad", "ema_decay": 0.0, "evaluate_raw": False, **published},
+        **{"precision": "fp32", "eval_batch_size": 64},
+        **{"fused_optimizer": "auto", "channels_last": False},
+    }
+    assert hparams == {**plain, **added}
     assert default_hparams("LTDR", "PACS")["swad_tolerance_ratio"] == 0.3
     assert default_hparams("LTDR", "VLCS")["swad_tolerance_ratio"] == 0.2
     with pytest.raises(UsageError, match="belongs to weight_averaging='ema', not 'swad'"):
