@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gmoe_ltdr.collect import collect_routing, moe_layers
+from gmoe_ltdr.decoding import reuse_decisions, sequence_decisions
 from gmoe_ltdr.experts import StackedExperts
 from gmoe_ltdr.losses import balance_loss
-from gmoe_ltdr.routing import Modality
+from gmoe_ltdr.routers.image_level import ImageLevelRouter
+from gmoe_ltdr.routing import Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.vlm.decoder import make_sparse_
 from gmoe_ltdr.vlm.modality import TokenModality, modality_map
@@ -43,6 +46,9 @@ except ImportError as error:
         f"gmoe_ltdr.vlm.transformers needs transformers 4.57 or newer ({error}): "
         "pip install 'gmoe-ltdr[vlm]'"
     ) from error
+
+
+_DECIDED = "moe_decisions"  # attribute of a cache: what `sequence_decisions` gave of its prompt
 
 
 class LTDRLlavaConfig(LlavaConfig):
@@ -102,6 +108,12 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "router"}
 
     @property
+    def _decides_per_sequence(self) -> bool:
+        """Whether the prompt chooses the experts of every token, as with INSTRUCT."""
+        layers = moe_layers(self).values()
+        return any(isinstance(layer.router, ImageLevelRouter) for layer in layers)
+
+    @property
     def decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.model.language_model
@@ -129,14 +141,28 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if return_dict is None:
             return_dict = self.config.return_dict
         call = (input_ids, pixel_values, attention_mask)
-        with self.token_modality.using(tokens):
-            if kwargs.get("labels") is None:
-                output = super().forward(*call, return_dict=True, **kwargs)
-            else:
-                with collect_routing(self) as routings:
-                    output = super().forward(*call, return_dict=True, **kwargs)
+        labels, cache = kwargs.get("labels"), _cache(kwargs)
+        context = TokenContext(tokens)
+        if labels is not None:
+            # what is to be answered chooses, and not the answer
+            prompt_BS = (tokens == int(Modality.LANGUAGE)) & (labels == -100)
+            context = replace(context, instruction_BL=prompt_BS)
+        decided = getattr(cache, _DECIDED, None) if _cached_length(kwargs) else None
+        is_prompt = decided is None and self._decides_per_sequence
+        watched: AbstractContextManager[dict[str, Routing]] = nullcontext({})
+        if labels is not None or is_prompt:
+            watched = collect_routing(self)
+        with (
+            self.token_modality.using(context),
+            reuse_decisions(self, decided or {}),
+            watched as routings,
+        ):
+            output = super().forward(*call, return_dict=True, **kwargs)
         values = dict(output)
-        if kwargs.get("labels") is not None:
+        if is_prompt and _cache(values) is not None:
+            # nothing lives as long as the prompt is known but the cache, so that keeps it
+            setattr(_cache(values), _DECIDED, sequence_decisions(self, routings))
+        if labels is not None:
             spec, device = self.config.spec, values["loss"].device
             # layer by layer, since layers may be on different devices
             per_layer = [balance_loss([routing], spec).to(device) for routing in routings.values()]
@@ -180,11 +206,17 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """As any model's, except that a prompt is not taken in chunks.
 
         Raises:
-            ValueError: `prefill_chunk_size`, with a tail rule that looks at a whole image.
+            ValueError: `prefill_chunk_size`, with a tail rule that looks at a whole image, or a
+                router that looks at a whole prompt.
         """
         config = kwargs.get("generation_config") or self.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         spec = self.config.spec
+        if chunk is not None and self._decides_per_sequence:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} would let the first part of a prompt choose the "
+                f"experts, and router {spec.router!r} looks at the whole of it; leave it out"
+            )
         if chunk is not None and spec.activates_tail and spec.tail_rule.eval_scope != "ema":
             raise ValueError(
                 f"prefill_chunk_size={chunk} would cut images apart, and the tail rule compares "
@@ -310,8 +342,13 @@ def _token_mask(attention_mask: Any, length: int, cached: int) -> Tensor | None:
     return own_BS if own_BS.dtype == torch.bool else own_BS == 0
 
 
+def _cache(values: Mapping[str, Any]) -> Any:
+    """Of arguments or of an output; its name differs between versions of transformers."""
+    return values.get("cache", values.get("past_key_values"))
+
+
 def _cached_length(kwargs: Mapping[str, Any]) -> int:
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    cache = _cache(kwargs)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
