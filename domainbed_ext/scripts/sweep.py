@@ -93,9 +93,8 @@ examples:
 
 then: ltdr collect --input_dir sweep_output
 
-exit status: 0 all jobs done or with other processes, 1 a job failed, 2 bad input, 130 interrupted, 143
-stopped by SIGTERM,
-which makes the jobs write a checkpoint and leave
+exit status: 0 all jobs done or with other processes, 1 a job failed, 2 bad input, 130 interrupted,
+143 stopped by SIGTERM, which makes the jobs write a checkpoint and leave
 """
 
 
