@@ -26,7 +26,8 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     """Collect every layer's `Routing` of one forward, keyed by layer name, in depth order.
 
-    Leave the context before `backward()`.
+    A layer is whatever has a `router`: a `MoE`, or a host's own that routes by one of ours. Leave
+    the context before `backward()`.
 
         with collect_routing(model) as routings:
             logits = model(images)
@@ -60,7 +61,8 @@ def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
 
     handles = [
         module.router.register_forward_hook(hook_of(name))
-        for name, module in moe_layers(model).items()
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "router", None), Router)
     ]
     try:
         yield routings

@@ -15,7 +15,7 @@ from gmoe_ltdr.dispatch import create_dispatcher
 from gmoe_ltdr.dispatch.placement import experts_of_rank
 from gmoe_ltdr.experts import StackedExperts, width_of_pieces
 from gmoe_ltdr.routers import create_router
-from gmoe_ltdr.routing import Modality, TokenContext
+from gmoe_ltdr.routing import Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
 
 
@@ -111,6 +111,10 @@ class MoE(nn.Module):
         return experts_of_rank(self.spec.num_experts, group.size(), group.rank())
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.forward_with_routing(x)[0]
+
+    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """The output, and the decision that led to it, for hosts that pass it on themselves."""
         tokens_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens_TD, self.context_of(x))
         dispatched = self.dispatcher.dispatch(tokens_TD, routing)
@@ -119,7 +123,7 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             real_T = ~routing.of(Modality.PADDING)
             out_TD = out_TD + _sum_of_shared(self.shared_experts, tokens_TD, real_T)
-        return out_TD.view(x.shape)
+        return out_TD.view(x.shape), routing
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Checkpoints hold all experts: take the part that is held here."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gmoe_ltdr.experts import StackedExperts
 from gmoe_ltdr.moe import MoE
 from gmoe_ltdr.routing import TokenContext
 from gmoe_ltdr.spec import MoESpec, preset
@@ -83,14 +84,18 @@ class FeedForward:
         return moe.to(first.weight.device)
 
     def copy_into_(self, moe: MoE) -> None:
-        """Make every expert, shared ones included, a copy of this network (upcycling)."""
-        for experts in (moe.experts, moe.shared_experts):
-            if experts is None:
-                continue
-            if self.gated:
-                experts.copy_from_gated_(*self.linears)
-            else:
-                experts.copy_from_dense_(*self.linears)
+        """Make every expert, shared ones included, a copy of this network or of a piece of it
+        (upcycling)."""
+        self._copy_into_(moe.experts, num_pieces=moe.spec.expert_split)
+        if moe.shared_experts is not None:
+            self._copy_into_(moe.shared_experts, num_pieces=1)
+            moe.shared_experts.scale_output_(moe.spec.init_scale_shared)
+
+    def _copy_into_(self, experts: StackedExperts, *, num_pieces: int) -> None:
+        if self.gated:
+            experts.copy_from_gated_(*self.linears, num_pieces=num_pieces)
+        else:
+            experts.copy_from_dense_(*self.linears, num_pieces=num_pieces)
 
 
 def make_sparse_(
@@ -121,21 +126,30 @@ def make_sparse_(
         layers[index].mlp = moe.train(training)
 
 
+# MoE-LLaVA's settings, which LTDR keeps: for what a preset leaves at the defaults of a `MoESpec`
+_LANGUAGE_MODEL: dict[str, Any] = {
+    "gate": "linear",
+    "num_experts": 4,
+    "layers": "every_other",
+    "noise_std": 0.0,
+    "expert_dropout": 0.0,
+}
+
+
 def vlm_preset(name: str, **overrides: Any) -> MoESpec:
     """A preset as vision-language models are trained with it.
 
-    Like `gmoe_ltdr.preset`, with a linear gate, four experts in every other layer, and neither gate
-    noise nor dropout inside experts: MoE-LLaVA's settings, which LTDR keeps.
+    Like `gmoe_ltdr.preset`, but where the preset does not say otherwise with a linear gate, four
+    experts in every other layer, and neither gate noise nor dropout inside experts.
 
     Args:
         name: "ltdr", "baseline" (top-2, all tokens balanced), "dar", "eea", ...
         **overrides: Replace single fields.
     """
-    language_model = {
-        "gate": "linear",
-        "num_experts": 4,
-        "layers": "every_other",
-        "noise_std": 0.0,
-        "expert_dropout": 0.0,
+    plain, named = MoESpec(), preset(name)
+    settings = {
+        field: value
+        for field, value in _LANGUAGE_MODEL.items()
+        if getattr(named, field) == getattr(plain, field)
     }
-    return preset(name, **{**language_model, **overrides})
+    return preset(name, **{**settings, **overrides})

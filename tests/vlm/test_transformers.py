@@ -346,6 +346,10 @@ def test_any_spec_passes_through():
         {"capacity_factor": 1.0, "router_options": {"capacity_convention": "deepspeed"}},
         {"preset": "swapped"},
         {"preset": "reduced_balance"},
+        {"preset": "deepseek_1x1.0+12x0.25"},
+        {"preset": "dynamic"},
+        {"preset": "evomoe"},
+        {"router": "instruct"},
     ):
         model = sparse_llava(**overrides)
         output = model.train()(**with_labels(questions()))
