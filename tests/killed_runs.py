@@ -123,6 +123,7 @@ def serve() -> None:
 def _run(attempt: Attempt) -> End:
     printed = Path(attempt.folder) / "printed.txt"
     counts = Path(attempt.folder) / "places.json"
+    printed.write_text("")  # the child may be killed before it has opened it
     began = time.monotonic()
     child = os.fork()
     if child == 0:
