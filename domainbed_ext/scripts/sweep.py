@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
 from domainbed_ext.jobs import (
-    FAILED_FILE,
     TASKS,
     Job,
     JobBusyError,
@@ -26,7 +24,8 @@ from domainbed_ext.jobs import (
     TrainArgs,
     delete_job,
 )
-from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, Launcher
+from domainbed_ext.launchers import REGISTRY, Launcher
+from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
 from domainbed_ext.plan import add_pruning_flags, make_jobs, pruning_words
 from domainbed_ext.scripts.train import (
     EXIT_FAILED,
@@ -44,12 +43,10 @@ from domainbed_ext.sweep_report import (
     print_reasons,
     print_running,
 )
-from domainbed_ext.takeover import MAX_LAUNCHES, left_behind
-from domainbed_ext.torchrun import check_algorithms, distributed_command
+from domainbed_ext.torchrun import check_algorithms
 from domainbed_ext.tracking import add_tracker_flags
 
-# A diverged job would diverge again, step for step; the others are worth another try.
-LAUNCHABLE = (JobState.NOT_LAUNCHED, JobState.INCOMPLETE, JobState.FAILED)
+LAUNCHING = ("launch", "resume", "retry_failed")
 
 DESCRIPTION = """\
 Run every combination of data sets, algorithms, test domains, hyper-parameter draws and trials as
@@ -80,6 +77,23 @@ examples:
     ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs \\
         --selection training-domain
 
+  how many jobs is that, and how long will it take?
+    ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs \\
+        --dry-run
+
+  several jobs on each GPU of this machine, as many as fit:
+    ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir data --output_dir sweeps/pacs \\
+        --command_launcher multi_gpu
+
+  on Slurm, 50 at once (returns after submission; go on with `ltdr sweep status`):
+    ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir /shared/data \\
+        --output_dir /shared/sweeps/pacs --command_launcher slurm --slurm_partition gpu \\
+        --slurm_time 4:00:00 --slurm_array_parallelism 50
+
+  on a Ray cluster, two jobs on each GPU:
+    ltdr sweep --algorithms ERM_ViT LTDR --datasets PACS --data_dir /shared/data \\
+        --output_dir /shared/sweeps/pacs --command_launcher ray --ray_gpus 0.5
+
   each job on two GPUs at once, experts shared between them:
     ltdr sweep --algorithms LTDR --datasets DomainNet --data_dir data --gpus_per_job 2 \\
         --hparams '{"moe_dispatcher": "auto"}'
@@ -93,8 +107,10 @@ examples:
 
 then: ltdr collect --input_dir sweep_output
 
-exit status: 0 all jobs done or with other processes, 1 a job failed, 2 bad input, 130 interrupted,
-143 stopped by SIGTERM, which makes the jobs write a checkpoint and leave
+docs/clusters.md tells about several machines, preemption, and locks on shared folders.
+
+exit status: 0 all jobs done, handed over or with other processes, 1 a job failed, 2 bad input, 130
+interrupted, 143 stopped by SIGTERM, which makes the jobs write a checkpoint and leave
 """
 
 
@@ -110,7 +126,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="launch",
-        choices=("launch", "status", "resume", "retry_failed", "delete_incomplete"),
+        choices=(*LAUNCHING, "status", "delete_incomplete"),
         help="default: launch",
     )
     parser.add_argument(
@@ -240,7 +256,7 @@ def sweep(args: argparse.Namespace) -> int:
             f"{', '.join(REGISTRY)}"
         )
     launcher = REGISTRY[args.command_launcher].from_args(args)
-    if args.command in ("launch", "resume", "retry_failed"):
+    if args.command in LAUNCHING:
         launcher.check()
     if args.diverged and args.command != "retry_failed":
         raise UsageError(f"--diverged goes with retry_failed, not with {args.command}")
@@ -266,7 +282,7 @@ def sweep(args: argparse.Namespace) -> int:
         return _delete_incomplete(jobs, states, args)
     if args.dry_run:
         print_estimate(
-            [job for job in jobs if _is_chosen(job, states[job.output_dir], args)],
+            chosen_jobs(args.command, jobs, states, diverged=args.diverged),
             jobs,
             states,
             num_images={item.name: item.num_images for item in found},
@@ -309,34 +325,24 @@ def _launch(
     launcher: Launcher,
     args: argparse.Namespace,
 ) -> int:
-    chosen = [job for job in jobs if _is_chosen(job, states[job.output_dir], args)]
-    elsewhere: set[Path] = set()  # jobs that other processes work on
-    if args.command != "retry_failed":
-        elsewhere = {folder for folder, state in states.items() if state is JobState.RUNNING}
+    chosen = chosen_jobs(args.command, jobs, states, diverged=args.diverged)
+    elsewhere = {folder for folder, state in states.items() if state is JobState.RUNNING}
+    if args.command == "retry_failed":
+        elsewhere = set()
     if chosen:
         going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in chosen)
         remark = f", {going_on} of them from their last checkpoint" if going_on else ""
         _confirm(f"About to run {len(chosen)} jobs in {args.output_dir}{remark}.", args)
         if not launcher.only_shows:
-            chosen = [job for job in chosen if _clear_failure(job, states[job.output_dir])]
+            chosen = [job for job in chosen if clear_failure(job, states[job.output_dir])]
     elif not elsewhere or launcher.hands_over:
         print("Nothing to launch.")
-    launches: Counter[Path] = Counter()
-    while True:
+    if launcher.hands_over:
         if chosen:
-            elsewhere -= {job.output_dir for job in chosen}
-            elsewhere |= {*launcher.launch(_commands(chosen, args))}
-        if launcher.hands_over:
-            return EXIT_OK
-        launches.update(job.output_dir for job in chosen)
-        candidates = [
-            job
-            for job in jobs
-            if job.output_dir in elsewhere and launches[job.output_dir] < MAX_LAUNCHES
-        ]
-        chosen = left_behind(candidates, wait=args.wait)
-        if not chosen:
-            return _report(jobs, [job for job in jobs if launches[job.output_dir]], args)
+            launcher.launch(commands_of(chosen, gpus_per_job=args.gpus_per_job))
+        return EXIT_OK
+    launched = launch_in_rounds(chosen, jobs, elsewhere, launcher, wait=args.wait)
+    return _report(jobs, launched, args)
 
 
 def _device_here(args: argparse.Namespace) -> str:
@@ -344,34 +350,6 @@ def _device_here(args: argparse.Namespace) -> str:
     from domainbed_ext.runs import choose_device
 
     return device_name(choose_device(args.device))
-
-
-def _is_chosen(job: Job, state: JobState, args: argparse.Namespace) -> bool:
-    if args.command == "resume":
-        return job.is_interrupted
-    if args.command == "retry_failed":
-        return state is JobState.FAILED or (args.diverged and state is JobState.DIVERGED)
-    return state in LAUNCHABLE
-
-
-def _clear_failure(job: Job, state: JobState) -> bool:
-    """Makes a failed job one to be gone on with, a diverged one a new one: its last checkpoint
-    would only diverge again. False if another process has it by now."""
-    if state is JobState.FAILED:
-        (job.output_dir / FAILED_FILE).unlink(missing_ok=True)
-    if state is JobState.DIVERGED:
-        try:
-            delete_job(job.output_dir)
-        except JobBusyError:
-            return False
-    return True
-
-
-def _commands(jobs: Sequence[Job], args: argparse.Namespace) -> list[list[str]]:
-    commands = [[sys.executable, "-m", TRAIN_MODULE, *job.args.command_line()] for job in jobs]
-    if args.gpus_per_job > 1:
-        commands = [distributed_command(command, args.gpus_per_job) for command in commands]
-    return commands
 
 
 def _report(jobs: Sequence[Job], launched: Sequence[Job], args: argparse.Namespace) -> int:

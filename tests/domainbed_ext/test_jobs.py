@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from domainbed_ext import jobs
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import (
     Job,
     JobBusyError,
     JobState,
     TrainArgs,
+    delete_job,
     job_lock,
     make_folder,
     mark_done,
     mark_failed,
+    taken_by_others,
 )
 from domainbed_ext.scripts.train import parse_args
 
@@ -131,11 +135,56 @@ def test_a_job_is_held_by_one_process(tmp_path):
         assert Job({}, tmp_path).state is JobState.RUNNING
         with pytest.raises(JobBusyError, match="in use by another process"), job_lock(tmp_path):
             pass
+        with pytest.raises(JobBusyError):
+            delete_job(tmp_path)
         holder.kill()  # no chance to clean up
     assert Job({}, tmp_path).state is JobState.INCOMPLETE
     with job_lock(tmp_path):
         mark_done(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done"]
+
+
+def test_a_deleted_job_leaves_nothing(tmp_path):
+    folder = tmp_path / "job"
+    (folder / "tensorboard").mkdir(parents=True)
+    (folder / "tensorboard" / "events").touch()
+    (folder / "results.jsonl").touch()
+    delete_job(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_holder_deleted_is_made_anew(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the process that had the job has deleted it."""
+    real, folder, calls = jobs._lock, tmp_path / "job", []
+
+    def lock(file, place):
+        calls.append(file)
+        if len(calls) == 1:
+            shutil.rmtree(folder)
+        real(file, place)
+
+    monkeypatch.setattr(jobs, "_lock", lock)
+    with job_lock(folder):
+        assert os.path.samestat(os.fstat(calls[-1].fileno()), os.stat(folder / "lock"))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [("error", "failed in another process"), ("diverged", "failed in another process")],
+)
+def test_what_others_have_made_of_a_job(tmp_path, monkeypatch, reason, expected):
+    assert taken_by_others(tmp_path / "new") is None
+    assert taken_by_others(tmp_path) is None
+    mark_failed(tmp_path, reason="died", message="killed")
+    assert taken_by_others(tmp_path) is None  # its process was killed: it can be gone on with
+    mark_failed(tmp_path, reason=reason, message="broken")
+    assert taken_by_others(tmp_path) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "is_locked", lambda folder: True)
+        assert taken_by_others(tmp_path) == "in use by another process"
+    mark_done(tmp_path)
+    assert taken_by_others(tmp_path) == "done by another process"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

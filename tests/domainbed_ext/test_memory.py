@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from domainbed_ext.memory import CONTEXT_BYTES, MemoryReport, has_room, is_out_of_memory
+from domainbed_ext.memory import (
+    CONTEXT_BYTES,
+    MemoryReport,
+    has_room,
+    is_out_of_memory,
+    measure_memory,
+)
 from domainbed_ext.seats import Seated, Seats
 
 GB = 10**9
@@ -133,3 +139,22 @@ def test_what_counts_as_out_of_memory():
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.gpu
+def test_what_is_measured_on_a_gpu():
+    before = measure_memory(0)
+    block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    after = measure_memory(7)
+    assert before is None or before.total == after.total
+    assert after.steps == 7
+    assert len(block) <= after.held <= after.peak < after.total - after.free
+    del block
+    torch.cuda.empty_cache()
+    assert measure_memory(8).held < after.held
+    assert measure_memory(8).peak == after.peak
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_nothing_is_measured():
+    assert measure_memory(3) is None
