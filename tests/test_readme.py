@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_commands_parse():
     assert {words[2] for words in upstream} == set(names)
     for words in upstream:
         names[words[2]].build_parser().parse_args(words[3:])
+
+
+def test_commands_of_the_tables_page_parse():
+    page = (ROOT / "docs" / "tables.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    ltdr (.*)$", page, flags=re.MULTILINE)
+    found = [shlex.split(line, comments=True) for line in lines]
+    assert {words[0] for words in found} == {"sweep", "collect", "top", "plot"}
+    for name, *words in found:
+        import_module(COMMANDS[name][0]).build_parser().parse_args(words)
 
 
 def test_algorithms_are_listed():
