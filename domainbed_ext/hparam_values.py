@@ -164,6 +164,7 @@ def check_together(hparams: Mapping[str, Any]) -> None:
         )
     _check_expert_choice(hparams)
     _check_pool(hparams)
+    _check_universal_expert(hparams)
     _check_stages(hparams)
 
 
@@ -189,6 +190,18 @@ def _check_pool(hparams: Mapping[str, Any]) -> None:
         raise UsageError(
             f"hparam dynamic_max_experts={most} is below moe_num_experts={initial}, the size of "
             "the pool at the start; raise it, or start with fewer experts"
+        )
+
+
+def _check_universal_expert(hparams: Mapping[str, Any]) -> None:
+    num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
+    if not hparams.get("cluster_universal") or num_experts is None or top_k is None:
+        return
+    if top_k >= num_experts:
+        raise UsageError(
+            f"hparam cluster_universal=true leaves {num_experts - 1} of "
+            f"moe_num_experts={num_experts} to choose from, fewer than moe_top_k={top_k}; lower "
+            "moe_top_k or add experts"
         )
 
 

@@ -298,3 +298,15 @@ def test_a_backbone_without_a_class_token_has_no_group_for_it(monkeypatch):
     with pytest.raises(UsageError, match="groups_by='cls' keeps experts for the class token"):
         spec_of("GROUPS")
     assert spec_of("GROUPS", groups_by="modality").num_experts == 4
+
+
+def test_impossible_combinations_are_refused_in_one_line():
+    universal = {"cluster_universal": True, "moe_num_experts": 4, "moe_top_k": 4}
+    with pytest.raises(UsageError, match=r"leaves 3 of moe_num_experts=4 .* moe_top_k=4"):
+        validate_hparams(universal, "CLUSTER", "PACS")
+    with pytest.raises(UsageError, match="exceeds the 3 experts that are left") as caught:
+        create("CLUSTER", **universal)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="which are 4426165368, more than 1024") as caught:
+        create("DISTRIBUTION", moe_num_experts=64, moe_top_k=8)
+    assert "\n" not in str(caught.value)

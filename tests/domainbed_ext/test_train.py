@@ -179,7 +179,6 @@ ELABORATE = {"schedule": "one_cycle", "ema_decay": 0.9, "optimizer": "adamw", "d
         ("GMOE_DAR", {}),
         ("GMOE_EEA", {"ltdr_tail_scope": "ema"}),
         ("LTDR", {"augmentation": "domainbed"}),
-        ("TASK", {"task_mode": "contrastive"}),
         ("TASK", {"task_mode": "hard", "task_unseen": "nearest", "ema_decay": 0.9}),
         ("CLUSTER", {"ema_decay": 0.9}),
         ("INSTRUCT", {"moe_noise_std": 1.0}),
