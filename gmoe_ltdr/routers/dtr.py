@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmoe_ltdr.capacity import CAPACITY_OPTIONS, limit_as_specified
 from gmoe_ltdr.gates import LinearGate
-from gmoe_ltdr.routers.base import Router, check_router_options, register_router
-from gmoe_ltdr.routers.token_choice import expert_weights
-from gmoe_ltdr.routing import CLOSED, Modality, Routing, TokenContext, expert_rank
+from gmoe_ltdr.routers.base import register_router
+from gmoe_ltdr.routers.token_choice import TokenChoiceRouter
+from gmoe_ltdr.routing import CLOSED, Modality, TokenContext
 from gmoe_ltdr.spec import MoESpec
 
 _HIDDEN_DIM, _RANK = 16, 8
@@ -73,15 +72,13 @@ class HyperNetwork(nn.Module):
 
 
 @register_router("dtr")
-class DynamicTokenAwareRouter(Router):
-    """Top-k of the logits that each token's own network leads to.
-
-    Looks at `top_k`, `weighting`, `noise_std` and `capacity_factor` of the spec; there are no tail
-    tokens.
+class DynamicTokenAwareRouter(TokenChoiceRouter):
+    """Token choice by the logits that each token's own network leads to.
 
     `MoESpec.router_options` understood here: `hypernetworks` ("shared": one for all tokens;
     "modality": one for language, one for vision; "cls": one for class and register tokens, one for
-    the others), `hidden_dim` (16), `rank` (8), and those of capacity and of the losses.
+    the others), `hidden_dim` (16), `rank` (8), and those of token choice. The linear layer behind
+    the tokens' networks is the gate; it has no choice of kind.
 
     Attributes:
         first_expert_only: bool; while it is set, all tokens go to the first expert with weight 1,
@@ -89,7 +86,7 @@ class DynamicTokenAwareRouter(Router):
     """
 
     options: Mapping[str, Sequence[Any] | None] = {
-        **CAPACITY_OPTIONS,
+        **TokenChoiceRouter.options,
         "hypernetworks": ("shared", "modality", "cls"),
         "hidden_dim": None,
         "rank": None,
@@ -98,7 +95,7 @@ class DynamicTokenAwareRouter(Router):
 
     def __init__(self, dim: int, spec: MoESpec):
         super().__init__(dim, spec)
-        check_router_options(spec, self.options)
+        self.gate = LinearGate(dim, spec.num_experts)
         self.kinds = spec.router_options.get("hypernetworks", "shared")
         hidden_dim = _size(spec, "hidden_dim", _HIDDEN_DIM)
         rank = _size(spec, "rank", _RANK)
@@ -106,44 +103,20 @@ class DynamicTokenAwareRouter(Router):
         self.hypernetworks = nn.ModuleList(
             HyperNetwork(dim, hidden_dim, rank) for _ in range(num_networks)
         )
-        self.gate = LinearGate(dim, spec.num_experts)
         self.register_buffer("first_expert_only", torch.tensor(False))
 
-    def forward(self, tokens_TD: Tensor, context: TokenContext) -> Routing:
-        spec, modality_BL = self.spec, context.modality_BL
-        modality_T = modality_BL.reshape(-1)
-        with torch.autocast(tokens_TD.device.type, enabled=False):
-            logits_TE = self.gate(self._embed(tokens_TD.float(), context))
-            others_E = torch.arange(spec.num_experts, device=logits_TE.device) > 0
-            logits_TE = torch.where(self.first_expert_only & others_E, CLOSED, logits_TE)
-            selection_TE = logits_TE
-            if self.training and spec.noise_std > 0:
-                noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
-                selection_TE = logits_TE + noise_TE
-            with torch.no_grad():
-                mask_TE = (expert_rank(selection_TE) < spec.top_k) & (logits_TE > CLOSED / 2)
-                mask_TE = mask_TE & (modality_T != int(Modality.PADDING)).unsqueeze(-1)
-            probs_TE = logits_TE.softmax(-1)
-            noisy = selection_TE is not logits_TE
-            routing = Routing(
-                logits_TE=logits_TE,
-                probs_TE=probs_TE,
-                dispatch_mask_TE=mask_TE,
-                combine_weights_TE=expert_weights(
-                    selection_TE.softmax(-1) if noisy else probs_TE, mask_TE, spec.weighting
-                ),
-                modality_T=modality_T,
-                tail_mask_T=torch.zeros_like(modality_T, dtype=torch.bool),
-                noisy_logits_TE=selection_TE if noisy else None,
-                shape_BL=(modality_BL.shape[0], modality_BL.shape[1]),
-                max_experts_per_token=spec.top_k,
-            )
-            return limit_as_specified(routing, spec, training=self.training)
+    def score(self, tokens_TD: Tensor, context: TokenContext) -> Tensor:
+        logits_TE = self.gate(self._embed(tokens_TD.float(), context))
+        others_E = torch.arange(logits_TE.shape[1], device=logits_TE.device) > 0
+        return torch.where(self.first_expert_only & others_E, CLOSED, logits_TE)
 
     def _embed(self, tokens_TD: Tensor, context: TokenContext) -> Tensor:
-        """Both hypernetworks run on all tokens: that waits for nobody, and keeps both in the
-        graph when a batch has tokens of one kind only."""
-        embedded_TD = self.hypernetworks[0](tokens_TD)
+        """What the tokens' networks make of them.
+
+        Both hypernetworks run on all tokens: that waits for nobody, and keeps both in the graph
+        when a batch has tokens of one kind only.
+        """
+        embedded_TD: Tensor = self.hypernetworks[0](tokens_TD)
         if self.kinds == "shared":
             return embedded_TD
         if self.kinds == "modality":
@@ -152,8 +125,7 @@ class DynamicTokenAwareRouter(Router):
             first_BL = torch.zeros_like(context.modality_BL, dtype=torch.bool)
         else:
             first_BL = context.is_cls_BL
-        other_TD = self.hypernetworks[1](tokens_TD)
-        return torch.where(first_BL.reshape(-1, 1), embedded_TD, other_TD)
+        return torch.where(first_BL.reshape(-1, 1), embedded_TD, self.hypernetworks[1](tokens_TD))
 
 
 def _size(spec: MoESpec, name: str, default: int) -> int:

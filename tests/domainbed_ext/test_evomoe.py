@@ -129,6 +129,8 @@ def test_predictions_are_those_of_the_stage_that_was_trained(ema_decay):
     x = torch.randn(2, *SHAPE)
     for step in range(NUM_STEPS):
         take_step(algorithm, step)
+        if step not in (3, 5, 6):
+            continue
         algorithm.eval()
         expected = algorithm.predict(x)
         layers = moe_layers(algorithm.network).values()
