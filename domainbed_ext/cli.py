@@ -11,6 +11,7 @@ from typing import Any
 # Command: (module with the main function, one line).
 COMMANDS = {
     "train": ("domainbed_ext.scripts.train", "train one algorithm on one data set"),
+    "distill": ("domainbed_ext.scripts.distill", "train the dense twin of a finished sparse run"),
     "sweep": ("domainbed_ext.scripts.sweep", "run many training jobs; stop and go on at any time"),
     "collect": ("domainbed_ext.scripts.collect_results", "make tables of a sweep's results"),
     "top": ("domainbed_ext.scripts.list_top_hparams", "list a sweep's best hyper-parameters"),

@@ -126,6 +126,21 @@ class Name:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """The path of a folder; empty where there is none."""
+
+    meaning: str
+
+    def describe(self) -> str:
+        return "a path in quotes"
+
+    def checked(self, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
 class Layers:
     """The name of a placement, or the block indices themselves."""
 

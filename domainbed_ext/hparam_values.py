@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparam_kinds import Choice, Flag, Integer, Layers, Name, Number, Values
+from domainbed_ext.hparam_kinds import Choice, Flag, Folder, Integer, Layers, Name, Number, Values
 from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS, GROUPS_SETTINGS
 
 VALUES: dict[str, Values] = {
@@ -125,6 +125,13 @@ VALUES: dict[str, Values] = {
     ),
     "evomoe_hidden_dim": Integer("hidden width of a hypernetwork", low=1),
     "evomoe_rank": Integer("width of the network that it makes for a token", low=1),
+    "distill_teacher": Folder("folder of the finished run to learn from"),
+    "distill_weight": Number("weight of the distillation loss"),
+    "distill_beta": Number("power of the difference that weighs a class; 0, or at least 1"),
+    "distill_logits": Choice(
+        "what is compared: each class with the rest, or logits as they are", ("ovr", "raw")
+    ),
+    "distill_detach_weight": Flag("no gradient through that weight of a class"),
 }
 
 
@@ -166,6 +173,16 @@ def check_together(hparams: Mapping[str, Any]) -> None:
     _check_pool(hparams)
     _check_universal_expert(hparams)
     _check_stages(hparams)
+    _check_distillation(hparams)
+
+
+def _check_distillation(hparams: Mapping[str, Any]) -> None:
+    beta = hparams.get("distill_beta")
+    if beta is not None and 0 < beta < 1:
+        raise UsageError(
+            f"hparam distill_beta={beta} has an infinite gradient where student and teacher agree; "
+            "pass 0, or 1 or more"
+        )
 
 
 def _check_expert_choice(hparams: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Hyper-parameters of the sparse algorithms, beyond those that all ViTs have.
+"""Hyper-parameters of the sparse algorithms, and of the dense one that learns from them, beyond
+those that all ViTs have.
 
 An algorithm is an entry of `ROUTER_HPARAMS`; what its names mean and which values they take is said
 in `hparam_values.py`.
@@ -148,6 +149,17 @@ def evomoe() -> list[HParam]:
     ]
 
 
+def distill() -> list[HParam]:
+    # of a dense ViT, not of a router; its row is the last one
+    return [
+        fixed("distill_teacher", ""),
+        HParam("distill_weight", 1.0, one_of(0.5, 1.0, 2.0)),
+        fixed("distill_beta", 1.0),
+        fixed("distill_logits", "ovr"),
+        fixed("distill_detach_weight", False),
+    ]
+
+
 # In the order of table rows.
 ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
@@ -163,4 +175,5 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "DEEPSEEK": deepseek,
     "GROUPS": groups,
     "EVOMOE": evomoe,
+    "DISTILL": distill,
 }

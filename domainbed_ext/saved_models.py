@@ -41,9 +41,19 @@ def save_algorithm(
 
 
 def load_algorithm(
-    folder: str | os.PathLike[str], *, name: str = MODEL_NAME, device: str = "cpu"
+    folder: str | os.PathLike[str],
+    *,
+    name: str = MODEL_NAME,
+    device: str = "cpu",
+    hparams: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """The trained algorithm of a job's folder: `load_algorithm(folder).predict(images)`.
+
+    Args:
+        folder: Of a finished job.
+        name: Which of its models.
+        device: Where it goes.
+        hparams: What to change of its hyper-parameters, how it predicts for instance.
 
     Raises:
         UsageError: There is none, or its files are damaged.
@@ -52,7 +62,7 @@ def load_algorithm(
 
     path, info = Path(folder) / f"{name}.safetensors", read_model_info(folder, name=name)
     # The weights come from the file, so nothing needs to be downloaded first.
-    hparams = {**info["model_hparams"], "pretrained": False}
+    hparams = {**info["model_hparams"], **(hparams or {}), "pretrained": False}
     if "moe_dispatcher" in hparams:  # one process, which need not have Tutel, nor that device
         hparams.update(moe_dispatcher="local", moe_backend="auto")
     algorithm = get_algorithm_class(info["args"]["algorithm"])(

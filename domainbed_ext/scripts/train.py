@@ -345,6 +345,10 @@ def check_args(args: TrainArgs) -> dict[str, Any]:
             f"--uda_holdout_fraction {args.uda_holdout_fraction} is impossible; choose one from 0 "
             "to below 1"
         )
+    if args.algorithm == "DISTILL" and not (Path(args.output_dir) / DONE_FILE).exists():
+        from domainbed_ext.algorithms.distill import check_teacher
+
+        check_teacher(hparams, args.record_args())
     return hparams
 
 

@@ -17,6 +17,7 @@ from domainbed_ext.hparams import CORE_ALGORITHMS, default_hparams
 from domainbed_ext.optimization import learning_rate_factor
 from gmoe_ltdr import balance_loss, collect_routing, moe_layers, preset
 from gmoe_ltdr.tail import TailRule
+from tests.teachers import untrained_teacher
 
 VIT = [name for name in ALGORITHMS if name != "ERM"]
 COMPARISON = [name for name in VIT if name not in CORE_ALGORITHMS]
@@ -24,12 +25,15 @@ SHAPE = (3, 28, 28)
 EIGHTH = torch.tensor(0.125)
 NEEDED = {"EVOMOE": {"schedule_steps": 100}}
 # losses of their own that do not vanish with the task's
-LIGHT = {"STGC": {"stgc_weight": 0.1}}
+LIGHT = {"STGC": {"stgc_weight": 0.1}, "DISTILL": {"distill_weight": 0.1}}
 
 
 def create(name: str, **changes):
+    needed = NEEDED.get(name, {})
+    if name == "DISTILL":
+        needed = {"distill_teacher": untrained_teacher()}
     torch.manual_seed(0)
-    hparams = {**default_hparams(name, "Debug28"), **NEEDED.get(name, {}), **changes}
+    hparams = {**default_hparams(name, "Debug28"), **needed, **changes}
     algorithm = get_algorithm_class(name)(SHAPE, 2, 2, hparams)
     algorithm.prepare([[batch] for batch in minibatches(batch=24, seed=9)])
     return algorithm
@@ -56,7 +60,7 @@ def test_names():
     assert CORE_ALGORITHMS == ("ERM", "ERM_ViT", "GMOE", "GMOE_DAR", "GMOE_EEA", "LTDR")
     assert COMPARISON == [
         *("TASK", "CLUSTER", "INSTRUCT", "DISTRIBUTION"),
-        *("DYNAMIC", "STGC", "DEEPSEEK", "GROUPS", "EVOMOE"),
+        *("DYNAMIC", "STGC", "DEEPSEEK", "GROUPS", "EVOMOE", "DISTILL"),
     ]
     with pytest.raises(UsageError, match="unknown algorithm 'SGMOE'"):
         get_algorithm_class("SGMOE")
