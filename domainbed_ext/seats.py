@@ -55,11 +55,13 @@ class Seats:
             }
         )
 
-    def take(self, seated: Sequence[Seated], limit: int | None) -> Seated | None:
-        """A seat for a job with that limit beside those that run; None if it has to wait."""
+    def are_free(self, seated: Sequence[Seated], limit: int | None) -> bool:
+        """Whether a job with that limit finds a seat beside those that run."""
+        return any(self._fits(device, seated, limit) for device in self._numbers)
+
+    def take(self, seated: Sequence[Seated], limit: int | None) -> Seated:
+        """A free seat for a job with that limit: on the device with the fewest jobs."""
         fits = [device for device in self._numbers if self._fits(device, seated, limit)]
-        if not fits:
-            return None
         device = min(fits, key=lambda name: sum(job.device == name for job in seated))
         beside = [job for job in seated if job.device == device]
         for job in beside:

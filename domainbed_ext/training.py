@@ -193,13 +193,21 @@ def _train(
 
     def record_at(step: int) -> None:
         nonlocal shown_keys
-        if progress is not None:
-            loss = since_record["loss"][-1] if "loss" in since_record else None
-            progress(RunState(step + 1, run.num_steps, loss, phase="evaluating"))
+        loss = since_record["loss"][-1] if "loss" in since_record else None
+
+        def show() -> None:
+            if progress is not None:
+                progress(RunState(step + 1, run.num_steps, loss, phase="evaluating"))
+
+        def before_batch() -> None:
+            show()  # an evaluation may be long: it is not to look like a run that is stuck
+            _stop_if_requested(step)
+
+        show()
         results: dict[str, Any] = {"step": step, "epoch": step / steps_per_epoch}
         results.update({key: float(np.mean(column)) for key, column in since_record.items()})
         try:
-            results.update(_evaluate(run, evaluators, lambda: _stop_if_requested(step)))
+            results.update(_evaluate(run, evaluators, before_batch))
         except Stopped:  # the record is made when the run goes on
             save(step)
             wait_for_ranks()

@@ -86,6 +86,9 @@ class _Pool:
     def _start_jobs(self) -> None:
         while self.waiting:
             item = self.waiting[0]
+            seated = [seat for _, seat in self.busy.values()]
+            if not self.seats.are_free(seated, item.limit):
+                break
             folder = Path(item.job.output_dir)
             taken = taken_by_others(folder)
             if taken is not None:
@@ -94,9 +97,7 @@ class _Pool:
                 if taken == IN_USE:
                     self.in_use.append(folder)
                 continue
-            seat = self.seats.take([seat for _, seat in self.busy.values()], item.limit)
-            if seat is None:
-                break
+            seat = self.seats.take(seated, item.limit)
             self.waiting.popleft()
             worker = self._worker_on(seat)
             self.busy[worker] = item, seat

@@ -145,6 +145,7 @@ class _Reporter:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sent = self._measured = 0.0
+        self._phase = ""
         self._steps = 0
 
     def begin(self) -> None:
@@ -159,8 +160,8 @@ class _Reporter:
             report = measure_memory(self._steps)
             if report is not None:
                 self._send(report)
-        if now - self._sent >= REPORT_SECONDS or state.phase != "training":
-            self._sent = now
+        if now - self._sent >= REPORT_SECONDS or state.phase != self._phase:
+            self._sent, self._phase = now, state.phase
             self._send(state)
 
     def _send(self, message: RunState | MemoryReport) -> None:

@@ -52,6 +52,19 @@ def test_commands_of_the_tables_page_parse():
         import_module(COMMANDS[name][0]).build_parser().parse_args(words)
 
 
+def test_commands_of_the_clusters_page_and_of_the_help_parse():
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    for text in (page, sweep.EXAMPLES):
+        lines = re.findall(r"^    ltdr sweep (.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
+        assert len(lines) >= 5
+        for line in lines:
+            words = shlex.split(line.replace("...", ""), comments=True)
+            args = sweep.build_parser().parse_args(words)
+            assert args.command_launcher in sweep.REGISTRY
+    for launcher in sweep.REGISTRY:
+        assert f"`{launcher}`" in page
+
+
 def test_algorithms_are_listed():
     routers = (ROOT / "docs" / "routers.md").read_text().splitlines()
     for name in ALGORITHMS:

@@ -199,7 +199,7 @@ class SlurmLauncher(Launcher):
                     "option that has no value as KEY="
                 )
             options[key.lstrip("-")] = value or True
-        return options
+        return options if "no-requeue" in options else {"requeue": True, **options}
 
 
 class TrainTask:

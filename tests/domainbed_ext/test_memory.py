@@ -61,7 +61,8 @@ class Device:
 
     def start(self):
         """Seats jobs as long as there are seats, each taking its steps before the next comes."""
-        while self.needs and (seat := self.seats.take(self.running, None)) is not None:
+        while self.needs and self.seats.are_free(self.running, None):
+            seat = self.seats.take(self.running, None)
             self.running.append(seat)
             seat.need = self.needs.pop(0)
             free = self.total - sum(job.need + CONTEXT for job in self.running)
@@ -79,11 +80,16 @@ def test_jobs_are_added_while_there_is_room(need, expected):
     assert Device(Seats({"0": None}), [need] * 99).start() == expected
 
 
+def fill(seats):
+    seated = []
+    while seats.are_free(seated, None):
+        seated.append(seats.take(seated, None))
+    return seated
+
+
 def test_a_fixed_number_needs_no_measurement():
     seats = Seats({"0": 2, "1": 2})
-    seated = []
-    while (seat := seats.take(seated, None)) is not None:
-        seated.append(seat)
+    seated = fill(seats)
     assert [seat.device for seat in seated] == ["0", "1", "0", "1"]  # the emptier one first
     assert [seat.most for seat in seated] == [2, 2, 2, 2]
 
@@ -93,10 +99,7 @@ def test_a_fixed_number_needs_no_measurement():
     [(3, [], [None] * 3), (3, ["4", "7"], ["4", "7", "4"]), (1, ["4", "7"], ["4"])],
 )
 def test_jobs_are_dealt_to_devices(num_jobs, devices, expected):
-    seats, seated = Seats.dealt(num_jobs, devices), []
-    while (seat := seats.take(seated, None)) is not None:
-        seated.append(seat)
-    assert [seat.device for seat in seated] == expected
+    assert [seat.device for seat in fill(Seats.dealt(num_jobs, devices))] == expected
 
 
 def test_a_job_that_ran_out_of_memory_gets_fewer_neighbours():
@@ -107,10 +110,10 @@ def test_a_job_that_ran_out_of_memory_gets_fewer_neighbours():
     assert [seat.most for seat in crowd] == [3, 3]
     # It ran out beside two: next time beside one at most. So it joins one, and keeps others away.
     assert seats.ran_out(third) == 2
-    assert seats.take([Seated("0"), Seated("0"), *[Seated("1")] * 2], 2) is None
+    assert not seats.are_free([Seated("0"), Seated("0"), *[Seated("1")] * 2], 2)
     again = seats.take([Seated("0"), *[Seated("1")] * 3], 2)
     assert (again.device, again.limit, again.most) == ("0", 2, 2)
-    assert seats.take([Seated("0"), again, *[Seated("1")] * 3], None) is None
+    assert not seats.are_free([Seated("0"), again, *[Seated("1")] * 3], None)
     assert seats.ran_out(again) == 1
     alone = seats.take([Seated("1")], 1)
     assert (alone.device, alone.most) == ("0", 1)
@@ -122,11 +125,11 @@ def test_memory_that_ran_out_is_remembered_of_a_measured_device():
     seats = Seats({"0": None})
     first = seats.take([], None)
     seats.measured(first, report(70))
+    assert seats.are_free([first], None)
     second = seats.take([first], None)
-    assert second is not None
     seats.measured(second, report(65))
     assert seats.ran_out(second) == 1
-    assert seats.take([first], None) is None  # though memory is free: it was then, too
+    assert not seats.are_free([first], None)  # though memory is free: it was then, too
 
 
 def test_what_counts_as_out_of_memory():

@@ -89,7 +89,7 @@ def sbatch(tmp_path, monkeypatch):
 def test_one_array_with_a_task_for_each_job(tmp_path, sbatch, capsys):
     flags = (
         "--slurm_partition gpus --slurm_time 1-0 --slurm_memory_gb 20 --slurm_cpus 6 "
-        "--slurm_option account=vision --slurm_option requeue= --jobs 2"
+        "--slurm_option account=vision --slurm_option exclusive= --jobs 2"
     ).split()
     out = tmp_path / "sweep"
     assert main([*JOBS, *flags, "--output_dir", str(out)]) == 0
@@ -102,6 +102,7 @@ def test_one_array_with_a_task_for_each_job(tmp_path, sbatch, capsys):
         "--mem=20GB",
         "--cpus-per-task=6",
         "--account=vision",
+        "--exclusive",
         "--requeue",
         "--signal=USR2@180",
     ):
