@@ -1,9 +1,14 @@
 """Time whole training steps: dense, GMOE and LTDR vision transformers, in one run.
 
-A step is what training does: forward under autocast, loss and balance loss, backward, fused AdamW.
-`ratio` is a model's step over the dense model's, measured in the same round; `flop_ratio` is the
-same by multiply-adds alone, counted with the routing that happened. `over_ideal` divides the two:
-1.00 means that the sparse layers run as fast as the dense network they replace.
+A step is what training does: forward under autocast, loss and balance loss, backward, AdamW, with
+the options of a run (docs/engines.md). `ratio` is a model's step over the dense model's, measured
+in the same round; `flop_ratio` is the same by multiply-adds alone, counted with the routing that
+happened. `over_ideal` divides the two: 1.00 means that the sparse layers run as fast as the dense
+network they replace.
+
+With `--recipe`, and Tutel installed, GMoE's own step is one more model: float32, Tutel's MoE layer
+with its cosine gate, one expert per token and capacity 1.5, attention in plain expressions, Adam.
+`over_recipe` is how many of a model's steps it takes the time of.
 """
 
 from __future__ import annotations
@@ -24,15 +29,18 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarking import (
     Clock,
-    default_csv,
+    add_flags,
     median_ms,
-    origin,
-    print_table,
+    parse,
+    peak_megabytes,
     ratios,
+    report,
     time_interleaved,
-    write_rows,
 )
+from gmoe_recipe import RECIPE, create_recipe, recipe_loss
 
+from domainbed_ext.compilation import compile_blocks_, share_graphs_
+from domainbed_ext.optimization import as_input, use_fused_kernels_
 from gmoe_ltdr import MoESpec, balance_loss, collect_routing, moe_layers, preset, upcycle_
 from gmoe_ltdr.dispatch import create_dispatcher
 from gmoe_ltdr.engines import use_expert_backend
@@ -47,8 +55,7 @@ MODELS: dict[str, Callable[[], MoESpec] | None] = {
     "ltdr-6top2": lambda: preset("ltdr", num_experts=6, top_k=2),
 }
 COLUMNS = ["model", "precision", "backend", "images_per_second", "ms_step", "ratio", "flop_ratio"]
-COLUMNS += ["over_ideal", "experts_per_token", "peak_mb"]
-CPU_COLUMNS = [column for column in COLUMNS if column != "peak_mb"]
+COLUMNS += ["over_ideal", "over_recipe", "experts_per_token", "peak_mb"]
 
 
 @dataclass
@@ -60,15 +67,18 @@ class Case:
     images: Tensor
     labels: Tensor
     precision: str
+    channels_last: bool = False
 
     def losses(self) -> tuple[Tensor, Mapping[str, Routing]]:
         """The loss, and the routing of every sparse layer."""
         device = self.images.device.type
+        images = as_input(self.images, {"channels_last": self.channels_last})
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             if not moe_layers(self.model):
-                return F.cross_entropy(self.model(self.images).float(), self.labels), {}
+                logits = self.model(images).float()
+                return F.cross_entropy(logits, self.labels) + recipe_loss(self.model), {}
             with collect_routing(self.model) as routings:
-                logits = self.model(self.images)
+                logits = self.model(images)
         spec = next(iter(moe_layers(self.model).values())).spec
         loss = F.cross_entropy(logits.float(), self.labels) + balance_loss(routings, spec)
         return loss, routings
@@ -87,45 +97,51 @@ def main(argv: list[str] | None = None) -> int:
     for precision in args.precision:
         for name in args.models:
             cases[f"{name} {precision}"] = make_case(name, precision, args)
-    counted = {name: count(case) for name, case in cases.items()}
+    recipe = f"{RECIPE} fp32"
+    if args.recipe:
+        cases[recipe] = make_recipe(args)
+    counted = {name: count(case) for name, case in cases.items() if name != recipe}
     times = time_interleaved(
         {name: timed(case, args) for name, case in cases.items()},
         rounds=args.rounds,
         warmup=args.warmup,
     )
-    where = origin(args.device)
     rows = []
     for name, case in cases.items():
         model, precision = name.rsplit(" ", 1)
-        reference = f"dense {precision}"
+        reference = f"dense {precision if name != recipe else args.precision[0]}"
         ratio = statistics.median(ratios(times[name], times[reference]))
-        flops, per_token = counted[name]
-        flop_ratio = flops / counted[reference][0]
-        rows.append(
-            {
-                "model": model,
-                "backbone": args.backbone,
-                "precision": precision,
-                "backend": "" if model == "dense" else args.backend,
-                "images_per_second": f"{1000 * args.batch_size / median_ms(times[name]):.1f}",
-                "ms_step": f"{median_ms(times[name]):.2f}",
-                "ratio": f"{ratio:.3f}",
+        row = {
+            "model": model,
+            "backbone": args.backbone,
+            "precision": precision,
+            "backend": args.backend if moe_layers(case.model) else "",
+            "images_per_second": f"{1000 * args.batch_size / median_ms(times[name]):.1f}",
+            "ms_step": f"{median_ms(times[name]):.2f}",
+            "ratio": f"{ratio:.3f}",
+            "peak_mb": peak_megabytes(case.step) if args.device == "cuda" else "",
+            "batch_size": args.batch_size,
+        }
+        if args.recipe:
+            times_faster = statistics.median(ratios(times[recipe], times[name]))
+            row["over_recipe"] = f"{times_faster:.2f}"
+        if name == recipe:
+            row["backend"] = "tutel"
+        else:
+            flops, per_token = counted[name]
+            flop_ratio = flops / counted[reference][0]
+            row |= {
                 "flop_ratio": f"{flop_ratio:.3f}",
                 "over_ideal": f"{ratio / flop_ratio:.3f}",
                 "experts_per_token": f"{per_token:.3f}",
-                "peak_mb": peak_megabytes(case) if args.device == "cuda" else "",
-                "batch_size": args.batch_size,
                 "compiled": args.compile,
-                "rounds": args.rounds,
-                "clock": args.clock,
-                **where,
+                "channels_last": args.channels_last,
+                "fused_optimizer": args.fused_optimizer,
             }
-        )
-    print_table(rows, COLUMNS if args.device == "cuda" else CPU_COLUMNS)
-    if not args.no_csv:
-        path = args.output or default_csv(args.device)
-        write_rows(path, rows, script="bench_train")
-        print(f"{len(rows)} rows added to {path}")
+        rows.append(row)
+    report(
+        rows, [c for c in COLUMNS if any(row.get(c) for row in rows)], args, script="bench_train"
+    )
     return 0
 
 
@@ -135,39 +151,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  python scripts/bench_train.py --device cuda                ViT-S/16, batch 96, bf16\n"
-        "  python scripts/bench_train.py --device cuda --precision bf16 fp32\n"
+        "  python scripts/bench_train.py --device cuda --precision bf16 fp32 --recipe\n"
         "  python scripts/bench_train.py --backbone vit_tiny_patch16_224 --batch-size 4\n",
     )
+    add_flags(parser, repeated="steps")
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     add("--backbone", default="vit_small_patch16_224", help="a timm ViT (default: ViT-S/16)")
     add("--models", nargs="+", default=list(MODELS), choices=tuple(MODELS),
         help="default: all; dense is always timed, the others are compared with it")  # fmt: skip
+    add("--recipe", action="store_true", help="GMoE's own step too; needs Tutel")
     add("--backend", default="auto", choices=("auto", *EXPERT_BACKENDS, "tutel"),
         help="how experts are computed; tutel: its dispatch kernels (default: auto)")  # fmt: skip
     add("--precision", nargs="+", default=None, choices=("bf16", "fp32"),
         help="bf16 is autocast; fp32 is GMoE's own (default: bf16; on a CPU fp32)")  # fmt: skip
     add("--batch-size", type=int, default=None, help="images (default: 96; on a CPU 4)")
-    add("--compile", action="store_true", help="torch.compile on the dense blocks of every model")
-    add("--rounds", type=int, default=7, help="rounds that count (default: 7)")
-    add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
-    add("--repeat", type=int, default=None,
-        help="steps per round and model (default: 1 on a CPU, 10 on a GPU)")  # fmt: skip
-    add("--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: seconds this process computed, for cores that others use too; run it with "
-        "OMP_NUM_THREADS=1 (default: wall)")  # fmt: skip
-    add("--output", type=Path, default=None,
-        help="CSV to add rows to (default: results/benchmarks/<device>-<torch>.csv)")  # fmt: skip
-    add("--no-csv", action="store_true", help="print only")
-    args = parser.parse_args(argv)
+    add("--compile", action="store_true", help="compile the dense blocks of every model")
+    add("--channels-last", action="store_true", help="images with their channels last")
+    add("--fused-optimizer", choices=("auto", "on", "off"), default="auto",
+        help="AdamW in one kernel (default: auto, on a GPU)")  # fmt: skip
+    args = parse(parser, argv)
     on_cpu = args.device == "cpu"
-    if not on_cpu and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.device == "cuda" and args.clock == "cpu":
-        parser.error("--clock cpu says nothing about a GPU; leave it out")
     args.precision = args.precision or (["fp32"] if on_cpu else ["bf16"])
     args.batch_size = args.batch_size or (4 if on_cpu else 96)
-    args.repeat = args.repeat or (1 if on_cpu else 10)
     args.models = ["dense", *(m for m in args.models if m != "dense")]
     return args
 
@@ -182,19 +187,27 @@ def make_case(name: str, precision: str, args: argparse.Namespace) -> Case:
                 layer.dispatcher = create_dispatcher("tutel", num_experts=layer.spec.num_experts)
         else:
             use_expert_backend(model, args.backend)
+    if args.compile:
+        share_graphs_(model)
     model = model.to(args.device).train()
     if args.compile:
-        for block in model.blocks:
-            if not moe_layers(block):
-                block.compile()
+        compile_blocks_(model, torch.device(args.device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    use_fused_kernels_(optimizer, {"fused_optimizer": args.fused_optimizer})
+    return Case(model, optimizer, *random_batch(model, args), precision, args.channels_last)
+
+
+def make_recipe(args: argparse.Namespace) -> Case:
+    torch.manual_seed(0)
+    model = create_recipe(args.backbone, preset("gmoe")).to(args.device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    return Case(model, optimizer, *random_batch(model, args), "fp32")
+
+
+def random_batch(model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     size = model.default_cfg["input_size"]
-    return Case(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
-        images=torch.randn(args.batch_size, *size, device=args.device),
-        labels=torch.randint(0, 7, (args.batch_size,), device=args.device),
-        precision=precision,
-    )
+    images = torch.randn(args.batch_size, *size, device=args.device)
+    return images, torch.randint(0, 7, (args.batch_size,), device=args.device)
 
 
 def count(case: Case) -> tuple[float, float]:
@@ -231,13 +244,6 @@ def timed(case: Case, args: argparse.Namespace) -> Callable[[], tuple[float]]:
         return (clock.lap() / args.repeat,)
 
     return measure
-
-
-def peak_megabytes(case: Case) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    case.step()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
 if __name__ == "__main__":
