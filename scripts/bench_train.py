@@ -1,10 +1,12 @@
 """Time whole training steps: dense, GMOE and LTDR vision transformers, in one run.
 
-A step is what training does: forward under autocast, loss and balance loss, backward, AdamW, with
-the options of a run (docs/engines.md). `ratio` is a model's step over the dense model's, measured
-in the same round; `flop_ratio` is the same by multiply-adds alone, counted with the routing that
-happened. `over_ideal` divides the two: 1.00 means that the sparse layers run as fast as the dense
-network they replace.
+A step is what training does: forward under autocast, loss and balance loss, backward, AdamW.
+`ratio` is a model's step over the dense model's, measured in the same round; `flop_ratio` is the
+same by multiply-adds alone, counted with the routing that happened. `over_ideal` divides the two:
+1.00 means that the sparse layers run as fast as the dense network they replace.
+
+`--options` takes options of a run (docs/engines.md), "default" or one or several joined by "+".
+Each model is timed with each; `over_default` is its step over that with the first of them.
 
 With `--recipe`, and Tutel installed, GMoE's own step is one more model: float32, Tutel's MoE layer
 with its cosine gate, one expert per token and capacity 1.5, attention in plain expressions, Adam.
@@ -17,8 +19,9 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -54,8 +57,25 @@ MODELS: dict[str, Callable[[], MoESpec] | None] = {
     "ltdr-4top2": lambda: preset("ltdr", num_experts=4, top_k=2),
     "ltdr-6top2": lambda: preset("ltdr", num_experts=6, top_k=2),
 }
-COLUMNS = ["model", "precision", "backend", "images_per_second", "ms_step", "ratio", "flop_ratio"]
-COLUMNS += ["over_ideal", "over_recipe", "experts_per_token", "peak_mb"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fused": {"fused_optimizer": "on"},
+    "unfused": {"fused_optimizer": "off"},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": "blocks"},
+}
+COLUMNS = ["model", "precision", "options", "backend", "images_per_second", "ms_step", "ratio"]
+COLUMNS += ["flop_ratio", "over_ideal", "over_default", "over_recipe", "experts_per_token"]
+COLUMNS += ["peak_mb"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed."""
+
+    model: str
+    precision: str
+    options: str
 
 
 @dataclass
@@ -67,12 +87,12 @@ class Case:
     images: Tensor
     labels: Tensor
     precision: str
-    channels_last: bool = False
+    options: Mapping[str, Any]
 
     def losses(self) -> tuple[Tensor, Mapping[str, Routing]]:
         """The loss, and the routing of every sparse layer."""
         device = self.images.device.type
-        images = as_input(self.images, {"channels_last": self.channels_last})
+        images = as_input(self.images, self.options)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             if not moe_layers(self.model):
                 logits = self.model(images).float()
@@ -93,55 +113,59 @@ class Case:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.manual_seed(0)
-    cases = {}
+    cases: dict[Variant, Case] = {}
     for precision in args.precision:
         for name in args.models:
-            cases[f"{name} {precision}"] = make_case(name, precision, args)
-    recipe = f"{RECIPE} fp32"
+            for options in args.options:
+                variant = Variant(name, precision, options)
+                cases[variant] = make_case(variant, args)
+    recipe = Variant(RECIPE, "fp32", args.options[0])
     if args.recipe:
         cases[recipe] = make_recipe(args)
-    counted = {name: count(case) for name, case in cases.items() if name != recipe}
+    counted = {variant: count(case) for variant, case in cases.items() if variant != recipe}
     times = time_interleaved(
-        {name: timed(case, args) for name, case in cases.items()},
+        {variant: timed(case, args) for variant, case in cases.items()},
         rounds=args.rounds,
         warmup=args.warmup,
     )
+
+    def median_ratio(variant: Variant, reference: Variant) -> float:
+        return statistics.median(ratios(times[variant], times[reference]))
+
     rows = []
-    for name, case in cases.items():
-        model, precision = name.rsplit(" ", 1)
-        reference = f"dense {precision if name != recipe else args.precision[0]}"
-        ratio = statistics.median(ratios(times[name], times[reference]))
+    for variant, case in cases.items():
+        precision = args.precision[0] if variant == recipe else variant.precision
+        dense = Variant("dense", precision, variant.options)
+        ratio = median_ratio(variant, dense)
         row = {
-            "model": model,
+            "model": variant.model,
             "backbone": args.backbone,
-            "precision": precision,
-            "backend": args.backend if moe_layers(case.model) else "",
-            "images_per_second": f"{1000 * args.batch_size / median_ms(times[name]):.1f}",
-            "ms_step": f"{median_ms(times[name]):.2f}",
+            "precision": variant.precision,
+            "images_per_second": f"{1000 * args.batch_size / median_ms(times[variant]):.1f}",
+            "ms_step": f"{median_ms(times[variant]):.2f}",
             "ratio": f"{ratio:.3f}",
             "peak_mb": peak_megabytes(case.step) if args.device == "cuda" else "",
             "batch_size": args.batch_size,
         }
         if args.recipe:
-            times_faster = statistics.median(ratios(times[recipe], times[name]))
-            row["over_recipe"] = f"{times_faster:.2f}"
-        if name == recipe:
+            row["over_recipe"] = f"{median_ratio(recipe, variant):.2f}"
+        if variant == recipe:
             row["backend"] = "tutel"
         else:
-            flops, per_token = counted[name]
-            flop_ratio = flops / counted[reference][0]
+            flops, per_token = counted[variant]
+            flop_ratio = flops / counted[dense][0]
+            first = replace(variant, options=args.options[0])
             row |= {
+                "options": variant.options,
+                "backend": args.backend if moe_layers(case.model) else "",
                 "flop_ratio": f"{flop_ratio:.3f}",
                 "over_ideal": f"{ratio / flop_ratio:.3f}",
+                "over_default": f"{median_ratio(variant, first):.3f}",
                 "experts_per_token": f"{per_token:.3f}",
-                "compiled": args.compile,
-                "channels_last": args.channels_last,
-                "fused_optimizer": args.fused_optimizer,
             }
         rows.append(row)
-    report(
-        rows, [c for c in COLUMNS if any(row.get(c) for row in rows)], args, script="bench_train"
-    )
+    shown = [column for column in COLUMNS if any(row.get(column) for row in rows)]
+    report(rows, shown, args, script="bench_train")
     return 0
 
 
@@ -165,11 +189,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", nargs="+", default=None, choices=("bf16", "fp32"),
         help="bf16 is autocast; fp32 is GMoE's own (default: bf16; on a CPU fp32)")  # fmt: skip
     add("--batch-size", type=int, default=None, help="images (default: 96; on a CPU 4)")
-    add("--compile", action="store_true", help="compile the dense blocks of every model")
-    add("--channels-last", action="store_true", help="images with their channels last")
-    add("--fused-optimizer", choices=("auto", "on", "off"), default="auto",
-        help="AdamW in one kernel (default: auto, on a GPU)")  # fmt: skip
+    add("--options", nargs="+", default=["default"], metavar="OPTIONS",
+        help=f"of {', '.join(OPTIONS)}, or several joined by + (default: default)")  # fmt: skip
     args = parse(parser, argv)
+    for name in "+".join(args.options).split("+"):
+        if name not in OPTIONS:
+            parser.error(f"--options: there is no {name!r}; choose from {', '.join(OPTIONS)}")
     on_cpu = args.device == "cpu"
     args.precision = args.precision or (["fp32"] if on_cpu else ["bf16"])
     args.batch_size = args.batch_size or (4 if on_cpu else 96)
@@ -177,31 +202,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_case(name: str, precision: str, args: argparse.Namespace) -> Case:
+def make_case(variant: Variant, args: argparse.Namespace) -> Case:
     torch.manual_seed(0)
+    options = {k: v for name in variant.options.split("+") for k, v in OPTIONS[name].items()}
     model = timm.create_model(args.backbone, pretrained=False, num_classes=7)
-    if MODELS[name] is not None:
-        upcycle_(model, MODELS[name]())
+    create_spec = MODELS[variant.model]
+    if create_spec is not None:
+        upcycle_(model, create_spec())
         if args.backend == "tutel":
             for layer in moe_layers(model).values():
                 layer.dispatcher = create_dispatcher("tutel", num_experts=layer.spec.num_experts)
         else:
             use_expert_backend(model, args.backend)
-    if args.compile:
+    compiled = options.get("compile") == "blocks"
+    if compiled:
         share_graphs_(model)
     model = model.to(args.device).train()
-    if args.compile:
+    if compiled:
         compile_blocks_(model, torch.device(args.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    use_fused_kernels_(optimizer, {"fused_optimizer": args.fused_optimizer})
-    return Case(model, optimizer, *random_batch(model, args), precision, args.channels_last)
+    use_fused_kernels_(optimizer, options)
+    return Case(model, optimizer, *random_batch(model, args), variant.precision, options)
 
 
 def make_recipe(args: argparse.Namespace) -> Case:
     torch.manual_seed(0)
     model = create_recipe(args.backbone, preset("gmoe")).to(args.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
-    return Case(model, optimizer, *random_batch(model, args), "fp32")
+    return Case(model, optimizer, *random_batch(model, args), "fp32", {})
 
 
 def random_batch(model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -216,15 +244,14 @@ def count(case: Case) -> tuple[float, float]:
     The dense layers are counted by PyTorch; the experts by the routing, since a counter would count
     rows that are allocated and not computed.
     """
+    dense = timm.create_model(case.model.default_cfg["architecture"], num_classes=7)
+    dense = dense.to(case.images.device).train()  # not compiled, so that it can be looked into
+    with FlopCounterMode(display=False) as counter:
+        replace(case, model=dense).losses()
+    total = counter.get_total_flops() / 2
     layers = moe_layers(case.model)
     if not layers:
-        with FlopCounterMode(display=False) as counter:
-            case.losses()
-        return counter.get_total_flops() / 2, 1.0
-    dense = timm.create_model(case.model.default_cfg["architecture"], num_classes=7)
-    dense = dense.to(case.images.device).train()
-    twin = Case(dense, case.optimizer, case.images, case.labels, case.precision)
-    total, _ = count(twin)
+        return total, 1.0
     _, routings = case.losses()
     assigned = tokens = 0
     for layer_name, layer in layers.items():

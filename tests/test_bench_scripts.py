@@ -119,14 +119,15 @@ def test_whole_steps(bench_dispatch, tmp_path):
     path = tmp_path / "rows.csv"
     arguments = ["--backbone", "vit_dim64_patch4_16", "--batch-size", "2", "--rounds", "1"]
     arguments += ["--models", "ltdr-4top2", "--warmup", "0", "--output", str(path)]
-    arguments += ["--fused-optimizer", "on", "--channels-last"]
+    arguments += ["--options", "default", "fused+channels_last"]
     assert bench_train.main(arguments) == 0
     with path.open(newline="") as file:
-        dense, sparse = csv.DictReader(file)
+        dense, _, sparse, with_options = csv.DictReader(file)
     assert dense["model"] == "dense"
+    assert [r["options"] for r in (sparse, with_options)] == ["default", "fused+channels_last"]
+    assert float(sparse["over_default"]) == 1
     assert 1 < float(sparse["flop_ratio"]) < 4
     assert 2 <= float(sparse["experts_per_token"]) <= 4
-    assert (dense["fused_optimizer"], dense["channels_last"]) == ("on", "True")
 
 
 def test_routers_are_compared_with_gmoe(bench_dispatch, tmp_path, capsys):
