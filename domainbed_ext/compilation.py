@@ -44,7 +44,10 @@ class SharedGraphDropPath(nn.Module):
 
 def share_graphs_(network: nn.Module) -> None:
     """Make the dense blocks of a ViT equal but for their numbers, before they are compiled."""
-    for block in dense_blocks(network):
+    blocks = dense_blocks(network)
+    if not any(isinstance(module, DropPath) for block in blocks for module in block.children()):
+        return
+    for block in blocks:
         paths = {n: child for n, child in block.named_children() if n.startswith("drop_path")}
         for name, path in paths.items():
             rate = path.drop_prob if isinstance(path, DropPath) else 0.0

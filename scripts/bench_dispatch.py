@@ -2,8 +2,10 @@
 
 Every back end computes the same plans on the same tokens, forward and backward. First each is
 compared with a dense reference in float32, values and all gradients; one that disagrees gets no
-time. The ratio is time per expert-token over the dense network's time per token, measured in the
-same round: 1.00 means that routing, copying and combining cost nothing.
+time. So are other libraries' kernels, where they are installed: Tutel's around our experts,
+ScatterMoE's, and MegaBlocks's, whose experts have no biases. The ratio is time per expert-token
+over the dense network's time per token, measured in the same round: 1.00 means that routing,
+copying and combining cost nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +23,22 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarking import (
+    NOT_APPLICABLE,
     Clock,
-    default_csv,
+    add_flags,
     median_ms,
-    origin,
-    print_table,
+    parse,
+    peak_megabytes,
     ratios,
+    report,
     time_interleaved,
-    write_rows,
+)
+from other_experts import (
+    OTHERS,
+    WITHOUT_BIASES,
+    NotExpressibleError,
+    ids_and_weights,
+    num_experts_of_every_token,
 )
 
 from gmoe_ltdr import MoE, TailRule, collect_routing, preset
@@ -57,44 +67,48 @@ def main(argv: list[str] | None = None) -> int:
 
     cases: dict[str, Callable[[], tuple[float, ...]]] = {}
     rows: dict[str, dict] = {}
+    unsaid: list[dict] = []
     failed = False
-    cases["dense"] = timed(lambda x: ffn(x), x, grad, ffn, args)
+    cases["dense"] = timed(ffn, x, grad, ffn, args)
     rows["dense"] = {"backend": "ffn", "plan": "dense", "router": False, "experts_per_token": 1}
-    for plan_name in args.plans:
-        layer = make_layer(plan_name, args)
+    for plan, bias in [(p, b) for p in args.plans for b in (True, False)]:
+        backends = [b for b in args.backends if (b not in WITHOUT_BIASES) == bias]
+        if not backends:
+            continue
+        layer = make_layer(plan, args, bias=bias)
         with collect_routing(layer) as collected:
             layer(x)
         routing = collected[""]
-        per_token = routing.num_assignments / num_tokens
-        reference = gradients(
-            functools.partial(oracle, layer=layer, routing=routing), x, grad, layer, routing
-        )
-        for backend in args.backends:
+        expected = functools.partial(oracle, layer=layer, routing=routing)
+        reference = gradients(expected, x, grad, layer, routing)
+        for backend in backends:
+            row = {"backend": backend, "plan": plan}
             try:
-                choose(layer, backend)
-                compute = without_router(layer, routing)
+                without_router, whole = runs(layer, backend, routing)
                 with autocast(args):
-                    found = gradients(compute, x, grad, layer, routing)
-            except (ValueError, ImportError, RuntimeError) as error:
-                print(f"{backend}, {plan_name}: left out ({str(error).splitlines()[0]})")
+                    found = gradients(without_router, x, grad, layer, routing)
+            except NotExpressibleError as error:
+                print(f"{backend}, {plan}: {error}")
+                unsaid.append({**row, "ratio": NOT_APPLICABLE})
+                continue
+            except (ValueError, ImportError, RuntimeError, AssertionError) as error:
+                print(f"{backend}, {plan}: left out ({(str(error).splitlines() or ['?'])[0]})")
                 continue
             error = max(relative_error(a, b) for a, b in zip(found, reference, strict=True))
             if not error < TOLERANCE[args.dtype]:
-                print(f"{backend}, {plan_name}: WRONG, relative error {error:.1e}; not timed")
+                print(f"{backend}, {plan}: WRONG, relative error {error:.1e}; not timed")
                 failed = True
                 continue
-            name = f"{backend} {plan_name}"
-            row = {"backend": backend, "plan": plan_name, "error": f"{error:.0e}"}
-            row["experts_per_token"] = round(per_token, 3)
-            run = chosen(layer, backend, lambda x, c=compute: c(x, None))
-            cases[name] = timed(run, x, grad, layer, args)
-            rows[name] = {**row, "router": False}
-            run = chosen(layer, backend, layer)
-            cases[f"{name} router"] = timed(run, x, grad, layer, args)
-            rows[f"{name} router"] = {**row, "router": True}
+            row |= {"error": f"{error:.0e}"}
+            row["experts_per_token"] = round(routing.num_assignments / num_tokens, 3)
+            weights = routing.combine_weights_TE.detach()
+            run = functools.partial(without_router, weights_TE=weights)
+            for router, function in ((False, run), (True, whole)):
+                name = f"{backend} {plan}{' router' if router else ''}"
+                cases[name] = timed(function, x, grad, layer, args)
+                rows[name] = {**row, "router": router}
 
     times = time_interleaved(cases, rounds=args.rounds, warmup=args.warmup)
-    where = origin(device)
     results = []
     for name, row in rows.items():
         ratio = [r / row["experts_per_token"] for r in ratios(times[name], times["dense"])]
@@ -112,16 +126,9 @@ def main(argv: list[str] | None = None) -> int:
                 "D": args.dim,
                 "F": args.hidden_dim,
                 "E": args.experts,
-                "rounds": args.rounds,
-                "clock": args.clock,
-                **where,
             }
         )
-    print_table(results, COLUMNS)
-    if not args.no_csv:
-        path = args.output or default_csv(device)
-        write_rows(path, results, script="bench_dispatch")
-        print(f"{len(results)} rows added to {path}")
+    report([*results, *unsaid], COLUMNS, args, script="bench_dispatch")
     return 1 if failed else 0
 
 
@@ -134,13 +141,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "  python scripts/bench_dispatch.py --device cuda --dtype bf16 --images 96\n"
         "  python scripts/bench_dispatch.py --plans top2 --backends blocked loop --no-csv\n",
     )
+    add_flags(parser, repeated="runs")
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     add("--dtype", choices=tuple(DTYPES), default="fp32",
         help="type of the matrix products, by autocast (default: fp32)")  # fmt: skip
-    add("--backends", nargs="+", default=None, choices=("auto", *EXPERT_BACKENDS, "tutel"),
-        help="default: blocked loop on a CPU, all on a GPU; tutel: its dispatch kernels, where "
-        "installed")  # fmt: skip
+    add("--backends", nargs="+", default=None,
+        choices=("auto", *EXPERT_BACKENDS, "tutel", *OTHERS),
+        help="default: blocked loop on a CPU, all on a GPU; those of other libraries where they "
+        "are installed")  # fmt: skip
     add("--plans", nargs="+", default=["top1", "top2", "ltdr"], choices=("top1", "top2", "ltdr"),
         help="ltdr: two experts, and all of them for 30%% of the tokens")  # fmt: skip
     add("--images", type=int, default=32, help="images in the batch (default: 32)")
@@ -148,28 +156,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dim", type=int, default=384, help="model width (default: 384, ViT-S)")
     add("--hidden-dim", type=int, default=1536, help="expert width (default: 1536)")
     add("--experts", type=int, default=6, help="number of experts (default: 6)")
-    add("--rounds", type=int, default=7, help="rounds that count (default: 7)")
-    add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
-    add("--repeat", type=int, default=None,
-        help="runs per round and case (default: 1 on a CPU, 10 on a GPU)")  # fmt: skip
-    add("--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: seconds this process computed, for cores that others use too; run it with "
-        "OMP_NUM_THREADS=1 (default: wall)")  # fmt: skip
-    add("--output", type=Path, default=None,
-        help="CSV to add rows to (default: results/benchmarks/<device>-<torch>.csv)")  # fmt: skip
-    add("--no-csv", action="store_true", help="print only")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.device == "cuda" and args.clock == "cpu":
-        parser.error("--clock cpu says nothing about a GPU; leave it out")
-    on_gpu = ["triton", "grouped", "dense", "loop", "tutel"]
+    args = parse(parser, argv)
+    on_gpu = ["triton", "grouped", "dense", "loop", "tutel", *OTHERS]
     args.backends = args.backends or (["blocked", "loop"] if args.device == "cpu" else on_gpu)
-    args.repeat = args.repeat or (1 if args.device == "cpu" else 10)
     return args
 
 
-def make_layer(plan: str, args: argparse.Namespace) -> MoE:
+def make_layer(plan: str, args: argparse.Namespace, *, bias: bool) -> MoE:
     options = {
         "top1": {"top_k": 1, "tail_top_k": 1},
         "top2": {"top_k": 2, "tail_top_k": 2},
@@ -178,7 +171,46 @@ def make_layer(plan: str, args: argparse.Namespace) -> MoE:
     # no noise and no dropout: every run computes the same plan
     spec = preset("ltdr", num_experts=args.experts, noise_std=0.0, expert_dropout=0.0, **options)
     torch.manual_seed(1)
-    return MoE(args.dim, args.hidden_dim, spec).to(args.device)
+    return MoE(args.dim, args.hidden_dim, spec, bias=(bias, bias)).to(args.device)
+
+
+def runs(layer: MoE, backend: str, routing: Routing) -> tuple[Callable, Callable]:
+    """The layer without its router, a function of tokens and combine weights; and with it, a
+    function of tokens."""
+    if backend in OTHERS:
+        return runs_of_others(layer, backend, routing)
+    choose(layer, backend)
+
+    def without_router(x: Tensor, weights_TE: Tensor) -> Tensor:
+        choose(layer, backend)  # all of a plan's cases share one layer
+        plan = Routing(**{**vars(routing), "combine_weights_TE": weights_TE})
+        dispatched = layer.dispatcher.dispatch(x.flatten(0, -2), plan)
+        rows = layer.experts(dispatched.tokens_ND, dispatched.tokens_per_expert_e)
+        return layer.dispatcher.combine(rows, dispatched).view_as(x)
+
+    def whole(x: Tensor) -> Tensor:
+        choose(layer, backend)
+        return layer(x)
+
+    return without_router, whole
+
+
+def runs_of_others(layer: MoE, backend: str, routing: Routing) -> tuple[Callable, Callable]:
+    k = num_experts_of_every_token(routing)
+    compute = OTHERS[backend]()
+    ids_TK, _ = ids_and_weights(routing.dispatch_mask_TE, routing.combine_weights_TE, k)
+
+    def without_router(x: Tensor, weights_TE: Tensor) -> Tensor:
+        weights_TK = weights_TE.gather(1, ids_TK)
+        return compute(layer.experts, x.flatten(0, -2), ids_TK, weights_TK).view_as(x)
+
+    def whole(x: Tensor) -> Tensor:
+        tokens_TD = x.flatten(0, -2)
+        plan = layer.router(tokens_TD, layer.context_of(x))
+        chosen = ids_and_weights(plan.dispatch_mask_TE, plan.combine_weights_TE, k)
+        return compute(layer.experts, tokens_TD, *chosen).view_as(x)
+
+    return without_router, whole
 
 
 def choose(layer: MoE, backend: str) -> None:
@@ -190,37 +222,16 @@ def choose(layer: MoE, backend: str) -> None:
         use_expert_backend(layer, backend)
 
 
-def chosen(layer: MoE, backend: str, run: Callable) -> Callable:
-    """Choose the back end again before each run: all of a plan's cases share one layer."""
-
-    def run_chosen(x: Tensor) -> Tensor:
-        choose(layer, backend)
-        return run(x)
-
-    return run_chosen
-
-
-def without_router(layer: MoE, routing: Routing) -> Callable:
-    dispatcher = layer.dispatcher
-
-    def compute(x: Tensor, weights_TE: Tensor | None) -> Tensor:
-        weights_TE = routing.combine_weights_TE.detach() if weights_TE is None else weights_TE
-        plan = Routing(**{**vars(routing), "combine_weights_TE": weights_TE})
-        dispatched = dispatcher.dispatch(x.flatten(0, -2), plan)
-        rows = layer.experts(dispatched.tokens_ND, dispatched.tokens_per_expert_e)
-        return dispatcher.combine(rows, dispatched).view_as(x)
-
-    return compute
-
-
 def oracle(x: Tensor, weights_TE: Tensor, layer: MoE, routing: Routing) -> Tensor:
     """Every expert on every token, in float32; the mask and the weights do the rest."""
     tokens_TD, experts = x.flatten(0, -2), layer.experts
     weights_TE = weights_TE * routing.dispatch_mask_TE
     out_TD = torch.zeros_like(tokens_TD)
+    fc1_bias, fc2_bias = ([None] * experts.num_experts if b is None else b
+                          for b in (experts.fc1_bias, experts.fc2_bias))  # fmt: skip
     for e in range(experts.num_experts):
-        hidden_TF = F.gelu(F.linear(tokens_TD, experts.fc1_weight[e], experts.fc1_bias[e]))
-        expert_TD = F.linear(hidden_TF, experts.fc2_weight[e], experts.fc2_bias[e])
+        hidden_TF = F.gelu(F.linear(tokens_TD, experts.fc1_weight[e], fc1_bias[e]))
+        expert_TD = F.linear(hidden_TF, experts.fc2_weight[e], fc2_bias[e])
         out_TD = out_TD + weights_TE[:, e : e + 1] * expert_TD
     return out_TD.view_as(x)
 
@@ -268,13 +279,6 @@ def timed(
         return forward / args.repeat, backward / args.repeat
 
     return measure
-
-
-def peak_megabytes(case: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    case()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
 if __name__ == "__main__":

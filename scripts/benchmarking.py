@@ -1,7 +1,8 @@
-"""What the benchmark scripts share: interleaved timing, and CSV rows that name their origin."""
+"""What the benchmark scripts share: flags, interleaved timing, CSV rows that name their origin."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
@@ -14,6 +15,54 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_APPLICABLE = "n/a"
+
+
+def add_flags(parser: argparse.ArgumentParser, *, repeated: str) -> None:
+    """The flags of every benchmark.
+
+    Args:
+        parser: Of the script.
+        repeated: What is repeated per round, in the plural.
+    """
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
+    add("--repeat", type=int, default=None,
+        help=f"{repeated} per round and case (default: 1 on a CPU, 10 on a GPU)")  # fmt: skip
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds this process computed, for cores that others use too; run it with "
+        "OMP_NUM_THREADS=1 (default: wall)")  # fmt: skip
+    add("--output", type=Path, default=None,
+        help="CSV to add rows to (default: results/benchmarks/<device>-<torch>.csv)")  # fmt: skip
+    add("--no-csv", action="store_true", help="print only")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, those of `add_flags` checked and completed."""
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.device == "cuda" and args.clock == "cpu":
+        parser.error("--clock cpu says nothing about a GPU; leave it out")
+    args.repeat = args.repeat or (1 if args.device == "cpu" else 10)
+    return args
+
+
+def report(rows: list[dict], columns: list[str], args: argparse.Namespace, *, script: str) -> None:
+    """Print rows as a table and add them to the CSV, each with how and where it was measured.
+
+    A row without any time, which says that something cannot be done, is printed only.
+    """
+    print_table(rows, columns)
+    if args.no_csv:
+        return
+    how = {"rounds": args.rounds, "clock": args.clock, **origin(args.device)}
+    timed = [{**row, **how} for row in rows if row["ratio"] != NOT_APPLICABLE]
+    path = args.output or default_csv(args.device)
+    write_rows(path, timed, script=script)
+    print(f"{len(timed)} rows added to {path}")
 
 
 def device_name(device: str) -> str:
@@ -79,6 +128,14 @@ def ratios(times: list[tuple[float, ...]], reference: list[tuple[float, ...]]) -
 def median_ms(times: list[tuple[float, ...]], part: int | None = None) -> float:
     values = [sum(t) if part is None else t[part] for t in times]
     return 1000 * statistics.median(values)
+
+
+def peak_megabytes(run: Callable[[], object]) -> int:
+    """Memory that a run takes beyond what is allocated before it, on a GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
 class Clock:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import other_libraries
+from tests.test_tutel import needs_tutel
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -15,8 +18,8 @@ def bench_dispatch(monkeypatch):
     import bench_dispatch
 
     yield bench_dispatch
-    for name in ("bench_dispatch", "bench_train", "bench_routers", "benchmarking"):
-        sys.modules.pop(name, None)
+    for path in SCRIPTS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 SMALL = ["--images", "2", "--tokens", "5", "--dim", "8", "--hidden-dim", "16", "--rounds", "2"]
@@ -52,16 +55,77 @@ def test_a_wrong_back_end_gets_no_time(bench_dispatch, monkeypatch, capsys):
     assert "top2" not in out.split("not timed")[1]
 
 
+@pytest.mark.parametrize("backend", ["scattermoe", "megablocks"])
+def test_other_libraries_are_given_the_same_plan(
+    bench_dispatch, monkeypatch, tmp_path, capsys, backend
+):
+    other_libraries.install(monkeypatch)
+    path = tmp_path / "rows.csv"
+    arguments = [*SMALL, "--backends", "loop", backend, "--output", str(path)]
+    assert bench_dispatch.main(arguments) == 0
+    printed = capsys.readouterr().out
+    # LTDR's tail tokens have more experts than others
+    assert f"{backend}, ltdr: n/a: its plan is k experts for every token, not 2 to 6" in printed
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    timed = [(r["plan"], r["router"]) for r in rows if r["backend"] == backend]
+    assert timed == [(plan, router) for plan in ("top1", "top2") for router in ("False", "True")]
+    assert all(float(r["error"]) < 1e-5 for r in rows if r["backend"] == backend)
+    assert "n/a" not in path.read_text()
+
+
+def test_other_libraries_are_checked_before_they_are_timed(bench_dispatch, monkeypatch, capsys):
+    other_libraries.install(monkeypatch)
+    import scattermoe
+
+    right = scattermoe.parallel_linear
+    monkeypatch.setattr(
+        scattermoe,
+        "parallel_linear",
+        lambda *a, gates=None, **k: right(*a, gates=gates, **k) * 1.01,
+    )
+    arguments = [*SMALL, "--plans", "top1", "--backends", "scattermoe", "--no-csv"]
+    assert bench_dispatch.main(arguments) == 1
+    assert "scattermoe, top1: WRONG" in capsys.readouterr().out
+
+
+def test_libraries_that_are_not_there_are_left_out(bench_dispatch, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scattermoe", None)
+    arguments = [*SMALL, "--plans", "top1", "--backends", "scattermoe", "loop", "--no-csv"]
+    assert bench_dispatch.main(arguments) == 0
+    assert "scattermoe, top1: left out" in capsys.readouterr().out
+
+
+@pytest.mark.tutel
+@needs_tutel
+def test_the_step_of_gmoe_itself(bench_dispatch, tmp_path):
+    import bench_train
+
+    path = tmp_path / "rows.csv"
+    arguments = ["--backbone", "vit_dim64_patch4_16", "--batch-size", "2", "--rounds", "1"]
+    arguments += ["--models", "gmoe", "--warmup", "0", "--recipe", "--output", str(path)]
+    assert bench_train.main(arguments) == 0
+    with path.open(newline="") as file:
+        *ours, recipe = csv.DictReader(file)
+    assert recipe["model"] == "gmoe-recipe"
+    assert (recipe["precision"], recipe["backend"]) == ("fp32", "tutel")
+    assert float(recipe["over_recipe"]) == 1
+    assert all(float(row["over_recipe"]) > 0 for row in ours)
+
+
 def test_whole_steps(bench_dispatch, tmp_path):
     import bench_train
 
     path = tmp_path / "rows.csv"
     arguments = ["--backbone", "vit_dim64_patch4_16", "--batch-size", "2", "--rounds", "1"]
     arguments += ["--models", "ltdr-4top2", "--warmup", "0", "--output", str(path)]
+    arguments += ["--options", "default", "fused+channels_last"]
     assert bench_train.main(arguments) == 0
     with path.open(newline="") as file:
-        dense, sparse = csv.DictReader(file)
+        dense, _, sparse, with_options = csv.DictReader(file)
     assert dense["model"] == "dense"
+    assert [r["options"] for r in (sparse, with_options)] == ["default", "fused+channels_last"]
+    assert float(sparse["over_default"]) == 1
     assert 1 < float(sparse["flop_ratio"]) < 4
     assert 2 <= float(sparse["experts_per_token"]) <= 4
 
