@@ -355,6 +355,15 @@ def test_a_folder_that_cannot_be_written_still_gives_the_table(sweep, capsys):
     assert f"warning: could not write {sweep / 'results.txt'}" in printed.err
 
 
+def test_flags_are_frozen():
+    """Removing or renaming one breaks scripts: it takes a forwarding shim."""
+    flags = {action.dest for action in collect_results.build_parser()._actions}
+    assert flags == {
+        *("help", "input_dir", "latex"),
+        *("format", "selection", "baseline", "published", "costs", "allow_mixed"),
+    }
+
+
 def test_latex_excludes_another_format(sweep, capsys):
     arguments = ["--input_dir", sweep, "--latex", "--format", "csv"]
     assert "excludes --format csv" in _fails(collect_results.main, *arguments, capsys=capsys)

@@ -242,6 +242,14 @@ def test_bad_input_ends_in_one_line(sweep, capsys, flags, error):
     assert capsys.readouterr().err.startswith(f"error: {error}")
 
 
+def test_flags_are_frozen():
+    """Removing or renaming one breaks scripts: it takes a forwarding shim."""
+    assert {action.dest for action in plot.build_parser()._actions} == {
+        *("help", "folders", "output", "metric"),
+        *("test_envs", "datasets", "algorithms", "hparams_seed"),
+    }
+
+
 def test_folders_without_records_end_in_one_line(tmp_path, capsys):
     assert plot.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: no record in {tmp_path}; give the --output")
