@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ MAX_ARRAY = 1000  # tasks of an array, as Slurm is set up unless told otherwise
 WARNING_SECONDS = 180
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 900
+_LOCK_SECONDS, _LOCK_POLL_SECONDS = 300, 20
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
@@ -211,6 +213,17 @@ class TrainTask:
 
     def __call__(self, command: Sequence[str]) -> str:
         (job,) = jobs_of([command])
+        outcome = self._run(command, job)
+        # On a shared folder the lock of a machine that died outlives it by a minute or two.
+        end = time.monotonic() + (_LOCK_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0)
+        while outcome == IN_USE and time.monotonic() < end:
+            time.sleep(_LOCK_POLL_SECONDS)
+            outcome = self._run(command, job)
+        if outcome not in ("done", IN_USE):
+            raise RuntimeError(f"{job.output_dir}: {outcome}")
+        return outcome
+
+    def _run(self, command: Sequence[str], job: TrainArgs) -> str:
         process = self._process = JobProcess(command, job)
         before = signal.signal(signal.SIGTERM, self._pass_on)
         try:
@@ -225,8 +238,6 @@ class TrainTask:
             if not process.has_ended():  # interrupted: it must not outlive this task
                 process.ask_to_stop()
             signal.signal(signal.SIGTERM, before)
-        if outcome not in ("done", IN_USE):
-            raise RuntimeError(f"{job.output_dir}: {outcome}")
         return outcome
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,10 @@ def sweep(folder, *flags):
     )
 
 
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
+
+
+@needs_ray
 @pytest.mark.slow
 def test_jobs_run_on_a_cluster_are_taken_over_from_the_dead_and_saved_at_the_end(tmp_path):
     with sweep(tmp_path, "--steps", "400", "--test_envs", "0", "1") as process:
@@ -105,6 +110,7 @@ def test_jobs_run_on_a_cluster_are_taken_over_from_the_dead_and_saved_at_the_end
         assert job_state(path.parent) is JobState.DONE
 
 
+@needs_ray
 @pytest.mark.slow
 def test_sigterm_to_the_launcher_makes_the_jobs_save_and_leave(tmp_path):
     with sweep(tmp_path, "--steps", "100000", "--test_envs", "0", "1") as process:

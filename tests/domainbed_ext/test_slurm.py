@@ -14,8 +14,8 @@ import pytest
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import JobState, job_state
-from domainbed_ext.launchers import slurm
-from domainbed_ext.launchers.slurm import SlurmLauncher, parse_minutes
+from domainbed_ext.launchers import TRAIN_MODULE, slurm
+from domainbed_ext.launchers.slurm import SlurmLauncher, TrainTask, parse_minutes
 from domainbed_ext.records import read_records
 from domainbed_ext.scripts.sweep import main
 
@@ -140,6 +140,49 @@ def test_what_sbatch_says_against_it_is_told(tmp_path, sbatch, capsys):
     assert main([*JOBS, "--output_dir", str(tmp_path / "sweep")]) == 2
     error = capsys.readouterr().err
     assert error.endswith("error: the jobs could not be submitted: invalid partition\n")
+
+
+class Ended:
+    """A process of a job that ends at once; the first ones find the job in use."""
+
+    outcomes: list = []  # noqa: RUF012
+
+    def __init__(self, command, job):
+        pass
+
+    def has_ended(self):
+        return True
+
+    def outcome(self):
+        return self.outcomes.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "outcomes", "expected"),
+    [
+        (None, ["done"], "done"),
+        (None, ["in use by another process"], "in use by another process"),
+        # started again after its machine died, whose lock outlives it
+        ("1", ["in use by another process"] * 2 + ["done"], "done"),
+        (None, ["diverged"], None),
+    ],
+)
+def test_what_a_task_ends_with(monkeypatch, restarts, outcomes, expected):
+    monkeypatch.setattr(slurm, "JobProcess", Ended)
+    monkeypatch.setattr(Ended, "outcomes", outcomes)
+    monkeypatch.setattr(slurm, "_LOCK_POLL_SECONDS", 0)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    command = ["python", "-m", TRAIN_MODULE, "--output_dir", "here"]
+    handler = signal.getsignal(signal.SIGTERM)
+    if expected is None:
+        with pytest.raises(RuntimeError, match="here: diverged"):
+            TrainTask()(command)
+    else:
+        assert TrainTask()(command) == expected
+    assert outcomes == []
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.slow
