@@ -85,7 +85,8 @@ class _TaskLossRouter(TokenChoiceRouter):
         with torch.autocast(tokens_TD.device.type, enabled=False):
             loss = self.task_loss(routing, task_B, real_BL)
         weight = self.spec.router_options.get("task_weight", 0.01)
-        return replace(routing, router_losses={"task_loss": weight * loss})
+        losses = {**routing.router_losses, "task_loss": weight * loss}
+        return replace(routing, router_losses=losses)
 
 
 @register_router("task_supervised")
