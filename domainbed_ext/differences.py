@@ -39,7 +39,7 @@ DIFFERENCE_COLUMNS = (
     "reason",
 )
 CONFIDENCE = 0.95
-ONE_PAIR = "one pair of trials gives no interval"
+ONE_PAIR = "no interval: one pair of trials"
 
 
 def differences_frame(

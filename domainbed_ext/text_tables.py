@@ -132,9 +132,10 @@ def _difference_table(
         texts = [_difference(row) for _, row in cells.iterrows()]
         rows.append([*map(str, labels), *texts, _counts(cells["pairs"])])
     found = frame["mean"].notna()
-    alone = frame[frame["reason"] == ONE_PAIR]
     notes = _reasons(frame[~found], "environment", "X", places=len(frame))
-    notes += _reasons(alone, "environment", "no interval", places=int(found.sum()))
+    what, _, why = ONE_PAIR.partition(": ")
+    alone = frame[frame["reason"] == ONE_PAIR].assign(reason=why)
+    notes += _reasons(alone, "environment", what, places=int(found.sum()))
     notes.append(
         "mean of the differences of trials on the same splits [95 % confidence interval, "
         "Student's t]"
