@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_ext.distributed import Ranks
-from domainbed_ext.loaders import EvalBatches
+from domainbed_ext.loaders import EvalBatches, eval_stream
 
 
 def predicted_classes(predictions: Tensor) -> Tensor:
@@ -50,19 +50,17 @@ def evaluate(
     was_training = algorithm.training
     algorithm.eval()
     try:
+        sums = {name: _ClassSums(num_classes, device) for name in loaders}
+        for name, (x, y) in eval_stream(loaders):
+            before_batch()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            sums[name].add(algorithm.predict(x), y, with_loss=name in loss_of)
         accuracies: dict[str, float] = {}
-        for name, loader in loaders.items():
-            sums = _class_sums(
-                algorithm,
-                loader,
-                device,
-                num_classes,
-                before_batch=before_batch,
-                with_loss=name in loss_of,
-            )
+        for name, own in sums.items():
+            values = own.values.cpu()
             if ranks is not None and ranks.size > 1:
-                torch.distributed.all_reduce(sums)
-            right, total, loss = sums
+                torch.distributed.all_reduce(values)
+            right, total, loss = values
             if total.sum() == 0:
                 continue
             occurs = total > 0
@@ -75,32 +73,28 @@ def evaluate(
         algorithm.train(was_training)
 
 
-def _class_sums(
-    algorithm: Any,
-    loader: EvalBatches,
-    device: torch.device | str,
-    num_classes: int,
-    *,
-    before_batch: Callable[[], None],
-    with_loss: bool,
-) -> Tensor:
-    """Per class: how many images were right, how many there were, the sum of their losses; (3, C),
-    float64 on the CPU."""
-    # Summed on the device: reading a number per batch would wait for it each time.
-    right, total, loss = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
-    classes = torch.arange(num_classes, device=device)
-    for x, y in loader:
-        before_batch()
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        predictions = algorithm.predict(x)
+class _ClassSums:
+    """Per class: how many images were right, how many there were, the sum of their losses.
+
+    Attributes:
+        values: The three, (3, C), float64. On the device: reading a number per batch would wait
+            for it each time.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str) -> None:
+        self.values = torch.zeros(3, num_classes, dtype=torch.float64, device=device)
+        self._classes = torch.arange(num_classes, device=device)
+
+    def add(self, predictions: Tensor, y: Tensor, *, with_loss: bool) -> None:
+        """Adds a batch."""
+        right, total, loss = self.values
         correct = predicted_classes(predictions) == y
         # Not bincount, which deterministic algorithms forbid on CUDA.
-        is_class_BC = y[:, None] == classes
+        is_class_BC = y[:, None] == self._classes
         total += is_class_BC.sum(0)
         right += (is_class_BC & correct[:, None]).sum(0)
         if with_loss:
             loss += _losses(predictions, y)[:, None].where(is_class_BC, 0).sum(0)
-    return torch.stack([right, total, loss]).cpu()
 
 
 def _losses(predictions: Tensor, y: Tensor) -> Tensor:

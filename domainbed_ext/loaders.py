@@ -9,7 +9,7 @@ whole batches.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -116,11 +116,52 @@ class EvalBatches:
         self.pin_memory = pin_memory
         self._batches = _EvalSteps(split, batch_size, transform, device, ranks or Ranks())
 
+    @property
+    def uses_workers(self) -> bool:
+        return self.num_workers > 0 and not self.split.environment.in_memory
+
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return _iterate(self._batches, range(len(self)), self.num_workers, self.pin_memory)
+
+
+def eval_stream(loaders: Mapping[str, EvalBatches]) -> Iterator[tuple[str, Batch]]:
+    """The batches of several splits, one split after the other, each with its split's name.
+
+    The same worker processes decode the images of all splits: they are started once, and the end
+    of one split is no pause.
+    """
+    by_workers = {name: loader for name, loader in loaders.items() if loader.uses_workers}
+    for name, loader in loaders.items():
+        if name not in by_workers:
+            yield from ((name, batch) for batch in loader)
+    if by_workers:
+        chain = _Chain([loader._batches for loader in by_workers.values()])
+        names = list(by_workers)
+        num_workers = max(loader.num_workers for loader in by_workers.values())
+        pin_memory = any(loader.pin_memory for loader in by_workers.values())
+        batches = _from_workers(chain, range(len(chain)), num_workers, pin_memory)
+        for (part, _), batch in zip(chain.places, batches, strict=True):
+            yield names[part], batch
+
+
+class _Chain(Dataset):
+    """The batches of several splits as those of one."""
+
+    def __init__(self, parts: Sequence[_EvalSteps]) -> None:
+        self.parts = parts
+        self.places = [
+            (number, step) for number, part in enumerate(parts) for step in range(len(part))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Batch:
+        number, step = self.places[index]
+        return self.parts[number][step]
 
 
 class _Steps(Dataset):
@@ -240,7 +281,7 @@ class _Failure:
 class _Reporting(Dataset):
     """Hands bad input over as a value: a worker's exceptions arrive wrapped in a traceback."""
 
-    def __init__(self, batches: _Steps) -> None:
+    def __init__(self, batches: Any) -> None:
         self.batches = batches
 
     def __getitem__(self, step: int) -> Batch | _Failure:
@@ -266,9 +307,13 @@ def _iterate(
     batches: _Steps, steps: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     if num_workers == 0 or batches.split.environment.in_memory:
-        for step in steps:
-            yield batches[step]
-        return
+        return (batches[step] for step in steps)
+    return _from_workers(batches, steps, num_workers, pin_memory)
+
+
+def _from_workers(
+    batches: _Steps | _Chain, steps: Iterable[int], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
     loader = DataLoader(
         _Reporting(batches),
         batch_size=None,

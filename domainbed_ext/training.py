@@ -49,6 +49,7 @@ from domainbed_ext.jobs import (
     run_identity,
     tidy_up,
 )
+from domainbed_ext.launchers.devices import num_cores
 from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.provenance import environment_lines
 from domainbed_ext.records import (
@@ -362,11 +363,14 @@ def _train_envs(run: Run) -> list[int]:
 
 
 def _eval_batches(run: Run, split: EnvSplit, ranks: Ranks | None = None) -> EvalBatches:
+    # The processes that decode for training wait meanwhile: as many may work here.
+    num_workers = run.num_workers * len(_train_envs(run))
+    most = max(run.num_workers, num_cores() // run.ranks.size)
     return EvalBatches(
         split,
         batch_size=run.hparams.get("eval_batch_size", 64),
         transform=run.dataset.eval_transform,
-        num_workers=run.num_workers,
+        num_workers=min(num_workers, most),
         pin_memory=run.device == "cuda",
         device=run.device,
         ranks=ranks or run.ranks,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from domainbed_ext.datasets.base import ArrayEnvironment, EnvSplit
+from domainbed_ext import loaders as loaders_module
+from domainbed_ext.datasets.base import ArrayEnvironment, EnvSplit, FileEnvironment
+from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate, predicted_classes
 from domainbed_ext.loaders import EvalBatches
 
@@ -74,6 +79,99 @@ def test_an_empty_split_has_no_accuracy():
     loaders = {"env0_out": loader(np.empty(0), []), "env0_in": loader([1], [1])}
     accuracies = evaluate(ReadsTheAnswer(2), loaders, device="cpu", num_classes=2)
     assert set(accuracies) == {"env0_in_acc", "env0_in_class_acc"}
+
+
+class CountsImages(nn.Module):
+    """Notes the first pixel of every image it predicts, and the sizes of the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.sizes = [], []
+
+    def predict(self, x):
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        self.seen += x[:, 0, 0, 0].long().tolist()
+        self.sizes.append(len(x))
+        return nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 3).float()
+
+
+class LoggedFiles(FileEnvironment):
+    """Writes the number of each image that is decoded to a file, whichever process does it."""
+
+    def __init__(self, log, *arguments):
+        super().__init__(*arguments)
+        self.log = str(log)
+
+    def image(self, index):
+        number = int(Path(self.paths[index]).stem)
+        with open(self.log, "ab", buffering=0) as file:  # appended whole
+            file.write(b"%d\n" % number)
+        return super().image(index)
+
+
+def splits_of_files(tmp_path, counts):
+    """Environments of image files numbered on, each cut into "in" and "out"."""
+    splits, first = {}, 0
+    for env, count in enumerate(counts):
+        numbers = list(range(first, first + count))
+        first += count
+        paths = [str(tmp_path / f"{number}.png") for number in numbers]
+        for number, path in zip(numbers, paths, strict=True):
+            Image.new("RGB", (2, 2), (number, 0, 0)).save(path)
+        environment = LoggedFiles(tmp_path / "log", str(env), paths, np.zeros(count))
+        for kind, keys in (("in", np.arange(1, count)), ("out", np.arange(1))):
+            splits[f"env{env}_{kind}"] = EnvSplit(environment, keys, f"env{env}_{kind}")
+    return splits
+
+
+def first_pixel(image):
+    return torch.full((1, 1, 1), float(image.getpixel((0, 0))[0]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_each_image_is_decoded_and_predicted_once(tmp_path, num_workers):
+    splits = splits_of_files(tmp_path, [11, 4, 8])
+    loaders = {
+        name: EvalBatches(split, batch_size=4, transform=first_pixel, num_workers=num_workers)
+        for name, split in splits.items()
+    }
+    for expected in (1, 2):  # evaluations
+        algorithm = CountsImages()
+        accuracies = evaluate(algorithm, loaders, device="cpu", num_classes=3)
+        # Splits of 10, 1, 3, 1, 7 and 1 images, in batches of 4.
+        assert algorithm.seen == [*range(1, 11), 0, *range(12, 15), 11, *range(16, 23), 15]
+        assert algorithm.sizes == [4, 4, 2, 1, 3, 1, 4, 3, 1]
+        assert list(accuracies)[::2] == [f"{name}_acc" for name in splits]
+        decoded = (tmp_path / "log").read_text().split()
+        assert sorted(map(int, decoded)) == sorted([*range(23)] * expected)
+
+
+def test_processes_are_started_once_for_all_splits(tmp_path, monkeypatch):
+    started = []
+    real = loaders_module.DataLoader
+
+    def counting(*arguments, **options):
+        started.append(options["num_workers"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loaders_module, "DataLoader", counting)
+    loaders = {
+        name: EvalBatches(split, batch_size=4, transform=first_pixel, num_workers=2)
+        for name, split in splits_of_files(tmp_path, [5, 3]).items()
+    }
+    evaluate(CountsImages(), loaders, device="cpu", num_classes=3)
+    assert started == [2]
+
+
+def test_a_corrupt_image_ends_an_evaluation_with_its_name(tmp_path):
+    loaders = {
+        name: EvalBatches(split, batch_size=4, transform=first_pixel, num_workers=2)
+        for name, split in splits_of_files(tmp_path, [5, 3]).items()
+    }
+    (tmp_path / "6.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"6\.png"):
+        evaluate(CountsImages(), loaders, device="cpu", num_classes=3)
 
 
 def test_batch_size_does_not_matter():
