@@ -50,6 +50,9 @@ except ImportError as error:
 
 _DECIDED = "moe_decisions"  # attribute of a cache: what `sequence_decisions` gave of its prompt
 
+LANGUAGE = Modality.LANGUAGE
+_DECISIONS = "moe_decisions"  # of routers for whole sequences, kept where their keys and values are
+
 
 class LTDRLlavaConfig(LlavaConfig):
     """LLaVA's configuration and the description of its sparse layers.
@@ -192,7 +195,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         # the ids' shape is all that counts where a mask says which tokens are vision
         ids_BS = input_ids if input_ids is not None else embeds[:, :, 0]
         if ids_BS.shape[1] == 1:  # decoding; masks may describe the prompt as well
-            return torch.full_like(ids_BS, int(Modality.LANGUAGE), dtype=torch.uint8)
+            return torch.full_like(ids_BS, int(LANGUAGE), dtype=torch.uint8)
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         return modality_map(
             ids_BS,

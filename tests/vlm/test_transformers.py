@@ -164,6 +164,39 @@ def test_every_beam_is_told():
     assert torch.equal(alone, found[:1])
 
 
+def test_a_prompt_decides_for_what_is_generated_after_it():
+    """INSTRUCT: the tokens of an answer follow their prompt's experts, beams included."""
+    model, batch = sparse_llava(preset="baseline", router="instruct"), questions()
+    plans = []
+    handle = next(iter(moe_layers(model).values())).router.register_forward_hook(
+        lambda _router, _inputs, plan: plans.append(plan)
+    )
+    model.generate(**batch, max_new_tokens=3, num_beams=2, do_sample=False)
+    handle.remove()
+    prompt, *steps = plans
+    by_row = prompt.logits_TE.view(4, 11, 4)[:, -1]
+    assert len(steps) == 2
+    assert not torch.equal(by_row[0], by_row[2])  # the two prompts differ
+    for step in steps:
+        assert torch.equal(step.logits_TE, by_row)
+
+
+def test_the_answer_does_not_decide():
+    """In training, INSTRUCT looks at language that has no label."""
+    model = sparse_llava(preset="baseline", router="instruct")
+    batch = with_labels(questions(padding=None))
+    batch["labels"][:, :9] = -100  # two tokens of answer
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, 9:] = 7
+    plans = []
+    for inputs in (batch, other):
+        with torch.no_grad(), collect_routing(model) as routings:
+            model(**inputs)
+        # the first layer alone: attention spreads what differs
+        plans.append(routings["model.language_model.layers.0.mlp"])
+    torch.testing.assert_close(plans[0].logits_TE, plans[1].logits_TE)
+
+
 def test_generation_from_embeddings():
     model, batch = sparse_llava(), questions(padding=None)
     options = {"max_new_tokens": 4, "do_sample": False}
