@@ -28,6 +28,7 @@ from gmoe_ltdr.routers.base import (
     register_router,
 )
 from gmoe_ltdr.routing import CLOSED, Modality, Routing, TokenContext, expert_rank
+from gmoe_ltdr.sharpening import SHARPENING_OPTIONS, Sharpening
 from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
 
@@ -138,12 +139,14 @@ class TokenChoiceRouter(Router):
     """Gate, noise, tail rule, top-k, weights, capacity.
 
     `MoESpec.router_options` understood here: `second_expert` ("argmax", "gumbel"), `padding`
-    ("language" routes and counts padding as language tokens, which DeepSpeed does), those of
-    capacity (`gmoe_ltdr.capacity.limit_as_specified`) and of the losses (`gmoe_ltdr.spec.OPTIONS`).
+    ("language" routes and counts padding as language tokens, which DeepSpeed does), `sharpening`
+    and `sharpening_strength` (`gmoe_ltdr.sharpening`), those of capacity
+    (`gmoe_ltdr.capacity.limit_as_specified`) and of the losses (`gmoe_ltdr.spec.OPTIONS`).
     """
 
     options: Mapping[str, Sequence[Any] | None] = {
         **CAPACITY_OPTIONS,
+        **SHARPENING_OPTIONS,
         "second_expert": ("argmax", "gumbel"),
         "padding": ("exclude", "language"),
     }
@@ -156,6 +159,7 @@ class TokenChoiceRouter(Router):
             raise ValueError(
                 f"second_expert='gumbel' chooses the second of two experts, but top_k={spec.top_k}"
             )
+        self.sharpening = Sharpening.of_options(spec.router_options)
         self.gate = GATES[spec.gate](dim, spec.num_experts)
         rule = spec.tail_rule
         if spec.activates_tail and "ema" in (rule.scope, rule.eval_scope):
@@ -170,10 +174,9 @@ class TokenChoiceRouter(Router):
         if spec.router_options.get("padding") == "language":
             context = replace(context, modality_BL=_padding_as_language(context.modality_BL))
         with torch.autocast(tokens_TD.device.type, enabled=False):
-            logits_TE = self.score(tokens_TD, context)
-            noise_TE = None
-            if self.training and spec.noise_std > 0:
-                noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
+            vision_T = (context.modality_BL == int(Modality.VISION)).reshape(-1)
+            logits_TE = self.sharpening.temper(self.score(tokens_TD, context), vision_T)
+            noise_TE = self._noise(logits_TE, vision_T) if self.training else None
             gumbel_TE = None
             if spec.router_options.get("second_expert") == "gumbel":
                 gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
@@ -197,11 +200,23 @@ class TokenChoiceRouter(Router):
             )
             if rule.kind == "learned" and threshold is not None and self.training:
                 routing = self._straight_through(routing, threshold)
+            if self.training:
+                losses = self.sharpening.losses(routing.probs_TE, vision_T)
+                routing = replace(routing, router_losses=losses)
             return limit_as_specified(routing, spec, training=self.training)
 
     def score(self, tokens_TD: Tensor, context: TokenContext) -> Tensor:
         """Clean logits (T, E)."""
         return self.gate(tokens_TD)
+
+    def _noise(self, logits_TE: Tensor, vision_T: Tensor) -> Tensor | None:
+        """Gate noise, and what sharpening adds to it."""
+        spec = self.spec
+        sharpening_TE = self.sharpening.noise(logits_TE, vision_T)
+        if spec.noise_std <= 0:
+            return sharpening_TE
+        noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
+        return noise_TE if sharpening_TE is None else noise_TE + sharpening_TE
 
     def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
         """Thresholds that need the router's state; None where `tail_tokens` computes its own."""
