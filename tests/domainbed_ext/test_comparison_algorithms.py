@@ -86,7 +86,7 @@ def test_two_ranks_equal_one_process(tmp_path, algorithm, hparams):
         )
 
     expected = train(arguments("one"))
-    run_ranks(train, 2, arguments("two"))
+    run_ranks(train, 2, arguments("two"), limit_s=300)
     records = read_records(tmp_path / "two" / "results.jsonl")
     assert len(records) == len(expected)
     for ours, theirs in zip(records, expected, strict=True):
