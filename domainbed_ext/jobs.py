@@ -47,6 +47,7 @@ IN_USE = "in use by another process"
 
 TASKS = ("domain_generalization", "domain_adaptation")
 ALL_SPLITS, NEEDED_SPLITS = EVAL_SPLITS = ("all", "needed")
+DRAWN, SHARED = HPARAMS_PER_TRIAL = ("drawn", "shared")
 
 # How a run is carried out, not which run it is: never in records and job names, as DomainBed has no
 # such flags.
@@ -113,6 +114,7 @@ class TrainArgs:
     wandb: str | None = None
     checkpoint_minutes: float = 10.0
     eval_splits: str = "all"
+    hparams_per_trial: str = "drawn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test_envs", tuple(self.test_envs))
@@ -120,9 +122,17 @@ class TrainArgs:
         if self.hparams is not None and not isinstance(self.hparams, str):
             object.__setattr__(self, "hparams", json.dumps(dict(self.hparams)))
 
+    @property
+    def shares_draw(self) -> bool:
+        """Whether its hyper-parameters are a random draw that all trials have in common."""
+        return self.hparams_per_trial == SHARED and self.hparams_seed != 0
+
     def record_args(self) -> dict[str, Any]:
-        """The "args" of the run's records: exactly DomainBed's keys."""
+        """The "args" of the run's records: exactly DomainBed's keys, and "hparams_per_trial" where
+        that is not DomainBed's."""
         values = {name: value for name, value in asdict(self).items() if name not in _NOT_RECORDED}
+        if not self.shares_draw:
+            del values["hparams_per_trial"]
         return {**values, "test_envs": list(self.test_envs)}
 
     def command_line(self) -> list[str]:

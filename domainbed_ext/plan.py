@@ -11,15 +11,30 @@ from typing import Any
 
 from domainbed_ext.datasets import num_environments
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import ALL_SPLITS, EVAL_SPLITS, NEEDED_SPLITS, Job
+from domainbed_ext.jobs import (
+    ALL_SPLITS,
+    DRAWN,
+    EVAL_SPLITS,
+    HPARAMS_PER_TRIAL,
+    NEEDED_SPLITS,
+    SHARED,
+    Job,
+)
 from domainbed_ext.seeds import seed_hash
 from domainbed_ext.selection import SELECTION_METHODS, SelectionMethod, get_selection_method
 
 CEILING_DATASETS = ("EmojiDG", "EmojiDG6")
 
 
-def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say what will not be needed."""
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that DomainBed's sweep has not: what a trial is, and what is not needed."""
+    parser.add_argument(
+        "--hparams_per_trial",
+        default=DRAWN,
+        choices=HPARAMS_PER_TRIAL,
+        help="drawn: each trial draws its own hyper-parameters, as in DomainBed; shared: all "
+        "trials have the draws of the first (default: drawn)",
+    )
     parser.add_argument(
         "--selection",
         nargs="+",
@@ -82,6 +97,8 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
                             train_args["steps"] = args.steps
                         if args.hparams is not None:
                             train_args["hparams"] = args.hparams
+                        if args.hparams_per_trial == SHARED and hparams_seed != 0:
+                            train_args["hparams_per_trial"] = SHARED
                         jobs.append(Job.in_sweep(train_args, args.output_dir, **how))
     return jobs
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import order_algorithms
+from domainbed_ext.jobs import DRAWN, SHARED
 from domainbed_ext.records import JobCount, Record, of_deployed_weights, weights_of
 from domainbed_ext.selection import (
     LeaveOneDomainOut,
@@ -40,6 +41,9 @@ def refuse_mixed(records: Sequence[Record]) -> None:
         if args.get("holdout_fraction") is not None:  # else trials would not be the same splits
             where = ("holdout_fraction", args["dataset"], "")
             _refuse_difference(seen, where, str(float(args["holdout_fraction"])), record)
+        if args["hparams_seed"] != 0:  # else there is no draw
+            where = ("hparams_per_trial", args["dataset"], "")
+            _refuse_difference(seen, where, args.get("hparams_per_trial", DRAWN), record)
         if isinstance(record.get("hparams"), dict):
             job = (
                 f"test_envs {args['test_envs']}, hparams seed {args['hparams_seed']}, "
@@ -137,6 +141,11 @@ def sweep_notes(records: Sequence[Record], jobs: JobCount | None) -> list[str]:
         f"{dataset}: the accuracies of {algorithm} are of averaged weights ({weights})"
         for dataset, algorithm, weights in sorted(averaged)
     ]
+    if any(record["args"].get("hparams_per_trial") == SHARED for record in records):
+        notes.append(
+            "all trials share their draws of hyper-parameters (--hparams_per_trial shared): the "
+            "standard errors are those of splits and training, and not comparable with DomainBed's"
+        )
     recorded = [record.get("provenance") or {} for record in records]
     silent = sum(not provenance for provenance in recorded)
     if 0 < silent < len(records):

@@ -22,7 +22,7 @@ EXIT_USAGE = 2
 # What the teacher's run has decided: flags of `train` that would make it another experiment.
 FROM_TEACHER = (
     *("algorithm", "dataset", "test_envs", "task", "hparams_seed", "trial_seed", "seed"),
-    *("holdout_fraction", "uda_holdout_fraction"),
+    *("holdout_fraction", "uda_holdout_fraction", "hparams_per_trial"),
 )
 
 # And these it has merely chosen.

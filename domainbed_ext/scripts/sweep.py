@@ -26,7 +26,7 @@ from domainbed_ext.jobs import (
 )
 from domainbed_ext.launchers import REGISTRY, Launcher
 from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
-from domainbed_ext.plan import add_pruning_flags, make_jobs, pruning_words
+from domainbed_ext.plan import add_plan_flags, make_jobs, pruning_words
 from domainbed_ext.scripts.train import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -223,7 +223,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="MINUTES",
         help="write checkpoints that often between evaluations too (default: 10)",
     )
-    add_pruning_flags(parser)
+    add_plan_flags(parser)
     add_flags(parser)
     add_tracker_flags(parser)
     for launcher in REGISTRY.values():

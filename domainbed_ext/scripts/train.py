@@ -38,6 +38,7 @@ from domainbed_ext.jobs import (
     DONE_FILE,
     EVAL_SPLITS,
     FAILED_FILE,
+    HPARAMS_PER_TRIAL,
     TASKS,
     DivergedError,
     JobBusyError,
@@ -135,6 +136,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="trial number: seeds the splits and the draw of hyper-parameters",
+    )
+    parser.add_argument(
+        "--hparams_per_trial",
+        default=default.hparams_per_trial,
+        choices=HPARAMS_PER_TRIAL,
+        help="drawn: the same --hparams_seed is another draw in another trial, as in DomainBed; "
+        "shared: it is that of trial 0 in all trials (default: drawn)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
     parser.add_argument("--steps", type=int, help="number of steps (default: the data set's)")
@@ -295,7 +303,7 @@ def run_hparams(args: TrainArgs) -> dict[str, Any]:
     if args.hparams_seed == 0:
         hparams = default_hparams(args.algorithm, args.dataset)
     else:
-        seed = seed_hash(args.hparams_seed, args.trial_seed)
+        seed = seed_hash(args.hparams_seed, 0 if args.shares_draw else args.trial_seed)
         hparams = random_hparams(args.algorithm, args.dataset, seed)
     hparams = with_overrides(hparams, overrides, args.algorithm, args.dataset)
     check_together(hparams)
@@ -327,6 +335,11 @@ def check_args(args: TrainArgs) -> dict[str, Any]:
     if args.eval_splits not in EVAL_SPLITS:
         raise UsageError(
             f"--eval_splits {args.eval_splits} is unknown; choose one of {', '.join(EVAL_SPLITS)}"
+        )
+    if args.hparams_per_trial not in HPARAMS_PER_TRIAL:
+        raise UsageError(
+            f"--hparams_per_trial {args.hparams_per_trial} is unknown; choose one of "
+            f"{', '.join(HPARAMS_PER_TRIAL)}"
         )
     for name, least in (("steps", 1), ("checkpoint_freq", 1), ("num_workers", 0), ("seed", 0)):
         value = getattr(args, name)

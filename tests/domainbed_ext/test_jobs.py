@@ -95,6 +95,7 @@ def test_folder_names_are_domainbeds(algorithm, seed, name):
             wandb="a project",
             checkpoint_minutes=0.5,
             eval_splits="needed",
+            hparams_per_trial="shared",
             output_dir="some where",
         ),
     ],

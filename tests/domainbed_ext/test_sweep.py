@@ -142,6 +142,17 @@ def test_a_sweep_for_some_selection_methods_has_the_jobs_they_need(selection, pa
     assert [job.output_dir for job in widened] == [job.output_dir for job in jobs]
 
 
+def test_trials_that_share_their_draws_are_other_jobs():
+    flags = [*TWO_DRAWS, "--datasets", "Debug28", "--test_envs", "0", "--single_test_envs"]
+    drawn, shared = plan(*flags), plan(*flags, "--hparams_per_trial", "shared")
+    for one, other in zip(drawn, shared, strict=True):
+        assert one.args.seed == other.args.seed
+        # Draw 0 is the defaults, in either case the same.
+        assert (one.output_dir == other.output_dir) is (one.args.hparams_seed == 0)
+    assert {job.args.hparams_per_trial for job in shared} == {"drawn", "shared"}
+    assert {job.args.hparams_per_trial for job in drawn} == {"drawn"}
+
+
 def test_a_selection_method_on_some_domains_has_the_jobs_it_needs():
     flags = ["--algorithms", "LTDR", "--datasets", "PACS", *ONE_EACH[:4], "--test_envs", "2"]
     assert _envs(plan(*flags, "--selection", "oracle")) == [[2]]
@@ -536,7 +547,7 @@ def test_flags_are_frozen():
     ours = (
         "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
         "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes diverged wait "
-        "selection eval_splits "
+        "selection eval_splits hparams_per_trial "
         "dry_run jobs_per_gpu slurm_partition slurm_time slurm_gpus slurm_cpus slurm_memory_gb "
         "slurm_array_parallelism slurm_option slurm_cluster ray_address ray_gpus ray_cpus"
     ).split()

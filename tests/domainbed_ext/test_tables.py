@@ -172,6 +172,21 @@ def test_two_sets_of_hparams_for_one_job_are_not_mixed():
         results_frame(records)
 
 
+def test_draws_that_trials_share_are_not_mixed_with_others():
+    records = hand_made_records() + hand_made_records(algorithm="LTDR")
+    drawn = [record for record in records if record["args"]["hparams_seed"] != 0]
+    assert 0 < len(drawn) < len(records)
+    for record in drawn:
+        record["args"]["hparams_per_trial"] = "shared"
+    assert len(results_frame(records)) == 24
+    assert any("share their draws" in note for note in sweep_notes(records, None))
+    # One algorithm's error bars beside another's of the other kind would mislead.
+    for record in drawn[len(drawn) // 2 :]:
+        del record["args"]["hparams_per_trial"]
+    with pytest.raises(UsageError, match=r"'shared' and 'drawn'.*--allow-mixed"):
+        results_frame(records)
+
+
 def test_notes_tell_what_the_numbers_hide():
     records = hand_made_records() + hand_made_records(algorithm="LTDR")[4:5]
     records[0] = records[0] | {"provenance": {"code_version": "1"}}

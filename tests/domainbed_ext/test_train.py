@@ -507,6 +507,27 @@ def test_hparams_are_the_defaults_or_a_draw_with_changes_on_top(tmp_path):
     assert record["hparams"] == {**drawn, "schedule_steps": 5}
 
 
+def test_trials_may_share_their_draw(tmp_path):
+    def hparams(trial, mode, draw=3):
+        args = _args(tmp_path, trial_seed=trial, hparams_seed=draw, hparams_per_trial=mode)
+        return run_hparams(args)
+
+    # Trial 0 draws the same in both, the others what trial 0 drew, or what DomainBed has them draw.
+    assert hparams(0, "shared") == hparams(0, "drawn")
+    assert hparams(2, "shared") == hparams(0, "drawn") != hparams(2, "drawn")
+    assert hparams(2, "shared", draw=4) != hparams(2, "shared")
+    assert hparams(2, "shared", draw=0) == hparams(1, "drawn", draw=0)
+
+    record = run(tmp_path / "a", trial_seed=2, hparams_seed=3, hparams_per_trial="shared")[0]
+    assert record["args"]["hparams_per_trial"] == "shared"
+    assert record["hparams"]["lr"] == hparams(0, "drawn")["lr"]
+    with pytest.raises(UsageError, match="holds another run"):
+        run(tmp_path / "a", trial_seed=2, hparams_seed=3)
+    # The defaults are no draw: such a record is DomainBed's.
+    record = run(tmp_path / "b", trial_seed=2, hparams_per_trial="shared")[0]
+    assert "hparams_per_trial" not in record["args"]
+
+
 def test_a_job_in_use_is_not_run_twice(tmp_path, capsys):
     tmp_path.mkdir(exist_ok=True)
     with start_process(tmp_path, "--steps", "100000", "--checkpoint_freq", "50000") as process:
@@ -587,6 +608,7 @@ def test_flags_are_frozen():
     assert set(actions) == {
         *(*upstream, "device", "num_workers", "distributed", "checkpoint_minutes", "eval_splits"),
         *("image_cache", "image_cache_dir", "image_cache_gb", "no_tensorboard", "wandb"),
+        "hparams_per_trial",
     }
     # DomainBed's defaults, but for the data: it has no data folder, and RotatedMNIST is no file.
     assert {name: actions[name].default for name in upstream[2:]} == {
