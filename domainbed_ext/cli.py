@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": ("domainbed_ext.scripts.inspect_routing", "see what a model's routers do"),
     "download": ("domainbed_ext.scripts.download", "fetch data sets and check them"),
     "data": ("domainbed_ext.scripts.data_check", "check images: unreadable, counts, duplicates"),
+    "vlm": ("gmoe_ltdr.vlm.cli", "sparse vision-language models: convert, upcycle, demo"),
     "doctor": ("domainbed_ext.doctor", "say what this machine has, and how to get the rest"),
 }
 

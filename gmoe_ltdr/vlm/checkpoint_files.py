@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -52,6 +53,24 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def tensor_sizes(folder: Path) -> dict[str, int]:
+    """How many numbers each tensor of a folder's safetensors has; reads no weights.
+
+    Raises:
+        ValueError: There are no such files.
+    """
+    from safetensors import safe_open
+
+    sizes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                sizes[name] = math.prod(opened.get_slice(name).get_shape())
+    if not sizes:
+        raise ValueError(f"{folder} holds no *.safetensors")
+    return sizes
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_bytes: int) -> None:

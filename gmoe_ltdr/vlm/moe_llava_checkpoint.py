@@ -358,6 +358,8 @@ def _load_tokenizer(folder: str | os.PathLike | None, padding_side: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    if not Path(folder).is_dir():  # a name would be looked for on the net
+        raise ValueError(f"tokenizer={str(folder)!r} is no folder")
     try:
         return AutoTokenizer.from_pretrained(folder, padding_side=padding_side)
     except (OSError, ValueError) as error:

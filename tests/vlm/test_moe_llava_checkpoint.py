@@ -270,8 +270,9 @@ def test_files_that_are_not_there(tmp_path):
     write_tower(source / "openai" / "clip-tiny")
     with pytest.raises(ValueError, match="saved without its image tower"):
         from_moe_llava(source, out)
-    with pytest.raises(ValueError, match="tokenizer='nowhere' cannot be loaded"):
-        from_moe_llava(source, out, vision_tower=config_alone, tokenizer="nowhere")
+    for folder, message in (("nowhere", "'nowhere' is no folder"), (tmp_path, "cannot be loaded")):
+        with pytest.raises(ValueError, match=message):
+            from_moe_llava(source, out, vision_tower=config_alone, tokenizer=folder)
     (source / "model-0.safetensors").unlink()
     with pytest.raises(ValueError, match=r"neither \*\.safetensors nor"):
         from_moe_llava(source, out, vision_tower=config_alone)
