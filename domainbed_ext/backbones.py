@@ -42,8 +42,8 @@ def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: A
     Args:
         preset_name: What the hyper-parameters change.
         hparams: Those of the algorithm.
-        **further: Fields of the spec that no common hyper-parameter sets, such as `router` and
-            `router_options`.
+        **further: Fields of the spec that no common hyper-parameter sets, such as `router`;
+            `router_options` are added to the preset's.
 
     Raises:
         UsageError: Values that do not go together.
@@ -55,14 +55,18 @@ def spec_from_hparams(preset_name: str, hparams: Mapping[str, Any], **further: A
         changes["layers"] = tuple(changes["layers"])
     if "capacity_factor" in changes:
         changes["capacity_factor"] = changes["capacity_factor"] or None
+    options: dict[str, Any] = {}
     try:
         if hparams.get("ltdr_selection") == "expert_choice":
-            changes["router_options"] = _experts_choose(preset_name, hparams)
+            options.update(_experts_choose(preset_name, hparams))
             preset_name = "ltdr_expert_choice"
         elif "ltdr_selection" in hparams:
             changes["tail_top_k"] = hparams["ltdr_tail_top_k"] or None
             changes["tail_rule"] = _tail_rule(hparams)
-        return preset(preset_name, **{**changes, **further})
+        options.update(_choice_options(hparams))
+        options.update(further.pop("router_options", {}))
+        options = {**preset(preset_name).router_options, **options}
+        return preset(preset_name, **{**changes, **further, "router_options": options})
     except ValueError as error:
         raise UsageError(f"hparams: {error}") from error
 
@@ -91,6 +95,18 @@ def _experts_choose(preset_name: str, hparams: Mapping[str, Any]) -> dict[str, A
         "scope": hparams["ltdr_tail_scope"],
         "eval_scope": hparams["ltdr_eval_tail_scope"],
     }
+
+
+def _choice_options(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of token choice, where they are not what they are without being named."""
+    options: dict[str, Any] = {}
+    if hparams.get("ltdr_second_expert", "argmax") != "argmax":
+        options["second_expert"] = hparams["ltdr_second_expert"]
+    if hparams.get("ltdr_sharpening", "none") != "none":
+        options["sharpening"] = hparams["ltdr_sharpening"]
+    if hparams.get("ltdr_sharpening_strength"):
+        options["sharpening_strength"] = hparams["ltdr_sharpening_strength"]
+    return options
 
 
 def expert_parallel_group(hparams: Mapping[str, Any]) -> ProcessGroup | None:

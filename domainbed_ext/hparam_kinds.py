@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -94,17 +95,28 @@ class Number:
         return float(value)
 
 
+class RefusedError(ValueError):
+    """A value that means something, and cannot be had here; says why and what to do instead."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One of a few words."""
+    """One of a few words.
+
+    Attributes:
+        refused: Further words, and why they cannot be had.
+    """
 
     meaning: str
     choices: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         return "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
 
     def checked(self, value: object) -> str:
+        if isinstance(value, str) and value in self.refused:
+            raise RefusedError(self.refused[value])
         if value not in self.choices:
             raise ValueError
         return str(value)

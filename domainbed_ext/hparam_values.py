@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparam_kinds import Choice, Flag, Folder, Integer, Layers, Name, Number, Values
+from domainbed_ext.hparam_kinds import (
+    Choice,
+    Flag,
+    Folder,
+    Integer,
+    Layers,
+    Name,
+    Number,
+    RefusedError,
+    Values,
+)
 from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS, GROUPS_SETTINGS
 
 VALUES: dict[str, Values] = {
@@ -81,9 +91,42 @@ VALUES: dict[str, Values] = {
     "ltdr_selection": Choice(
         "which tokens get more experts",
         ("vtt", "vht", "vtt_fixed", "vtt_learned", "iat", "expert_choice"),
+        refused={
+            "iat_instruction": (
+                "asks what an instruction attends to, and a ViT has no text; use 'iat', which asks "
+                "the class token, or TailRule(kind='attention') in a vision-language model"
+            ),
+            "language": (
+                "looks for tail tokens among text (TsDEA), which a ViT has none of; in a "
+                "vision-language model it is preset('swapped')"
+            ),
+        },
     ),
     "ltdr_selection_fraction": Number(
         "their share, for vtt_fixed and iat", high=1.0, low_open=True
+    ),
+    "ltdr_second_expert": Choice(
+        "how the second of two experts is found: the second best, or drawn", ("argmax", "gumbel")
+    ),
+    "ltdr_sharpening": Choice(
+        "what else makes tokens surer of their experts",
+        ("none", "temperature", "entropy", "variance"),
+    ),
+    "ltdr_sharpening_strength": Number("that temperature or weight; 0: 0.7, or 0.01 for a weight"),
+    "ltdr_balance": Choice(
+        "which tokens are balanced: text alone, or vision too with a tenth of the weight",
+        ("language", "reduced"),
+        refused={
+            "all": "is the balanced model; use the algorithm GMOE_EEA, or GMOE",
+            "none": (
+                "(-ALB) leaves text unbalanced too, which a ViT has none of: 'language' balances "
+                "nothing here"
+            ),
+            "vision": (
+                "(-LLB, DAR on language) leaves text alone and balances vision, but a ViT has no "
+                "text; in a vision-language model it is preset('no_language_balance')"
+            ),
+        },
     ),
     "task_mode": Choice(
         "what training domains are to the router", ("supervised", "contrastive", "hard")
@@ -142,6 +185,8 @@ def check_value(name: str, value: object) -> Any:
     values = VALUES[name]
     try:
         return values.checked(value)
+    except RefusedError as refusal:
+        raise UsageError(f"hparam {name}={_shown(value)} {refusal}") from None
     except (ValueError, OverflowError):
         raise UsageError(
             f"hparam {name}={_shown(value)} is impossible; expected {values.describe()}"

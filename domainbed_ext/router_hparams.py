@@ -49,6 +49,9 @@ def tail() -> list[HParam]:
         fixed("ltdr_eval_tail_scope", "image"),
         fixed("ltdr_selection", "vtt"),
         fixed("ltdr_selection_fraction", 0.15),
+        fixed("ltdr_second_expert", "argmax"),
+        fixed("ltdr_sharpening", "none"),
+        fixed("ltdr_sharpening_strength", 0.0),
     ]
 
 
@@ -165,7 +168,7 @@ ROUTER_HPARAMS: dict[str, Callable[[], list[HParam]]] = {
     "GMOE": lambda: moe("GMOE"),
     "GMOE_DAR": lambda: moe("GMOE_DAR"),
     "GMOE_EEA": lambda: [*moe("GMOE_EEA"), *tail()],
-    "LTDR": lambda: [*moe("LTDR"), *tail()],
+    "LTDR": lambda: [*moe("LTDR"), *tail(), fixed("ltdr_balance", "language")],
     "TASK": task,
     "CLUSTER": cluster,
     "INSTRUCT": instruct,

@@ -81,9 +81,10 @@ def load_teacher(
             f"the teacher {folder} tells {theirs[1]} classes of images {theirs[0]} apart, but here "
             f"are {num_classes} of {input_shape}"
         )
-    # images are judged by themselves, or what a student is to learn would depend on the batch
-    image_scope = {"ltdr_eval_tail_scope": "image"}
-    changes = {name: value for name, value in image_scope.items() if name in info["model_hparams"]}
+    # images are judged by themselves and without a draw, or what a student is to learn would depend
+    # on the batch, and on chance
+    settled = {"ltdr_eval_tail_scope": "image", "ltdr_second_expert": "argmax"}
+    changes = {name: value for name, value in settled.items() if name in info["model_hparams"]}
     with torch.random.fork_rng(devices=[]):  # a resumed run loads it at another step
         teacher: Any = load_algorithm(folder, hparams=changes)
     return teacher.requires_grad_(False)

@@ -6,7 +6,6 @@ from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.sparse import SparseViT
 from domainbed_ext.backbones import spec_from_hparams
 from domainbed_ext.errors import UsageError
-from gmoe_ltdr import preset
 
 
 @register_algorithm
@@ -14,9 +13,11 @@ class GROUPS(SparseViT):
     """Groups of experts, in the settings of LTDR's table 11, where they belong to modalities."""
 
     def create_spec(self):
-        name = f"groups_{self.hparams['groups_setting']}"
-        options = {**preset(name).router_options, "group_by": self.hparams["groups_by"]}
-        return spec_from_hparams(name, self.hparams, router_options=options)
+        return spec_from_hparams(
+            f"groups_{self.hparams['groups_setting']}",
+            self.hparams,
+            router_options={"group_by": self.hparams["groups_by"]},
+        )
 
     def create_network(self, input_shape, num_classes):
         network = super().create_network(input_shape, num_classes)

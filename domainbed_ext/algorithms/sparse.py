@@ -167,3 +167,12 @@ class LTDR(SparseViT):
     experts for tail tokens."""
 
     preset_name = "ltdr"
+
+    def create_spec(self):
+        if self.hparams.get("ltdr_balance", "language") == "language":
+            return super().create_spec()
+        weight = self.hparams["moe_balance_weight"]
+        weights = {"vision": weight / 10, "language": weight}
+        return spec_from_hparams(
+            self.preset_name, self.hparams, router_options={"balance_weights": weights}
+        )

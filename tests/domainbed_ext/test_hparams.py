@@ -185,9 +185,14 @@ def test_ltdr_differs_from_gmoe_only_where_it_should():
         "ltdr_eval_tail_scope": "image",
         "ltdr_selection": "vtt",
         "ltdr_selection_fraction": 0.15,
+        "ltdr_second_expert": "argmax",
+        "ltdr_sharpening": "none",
+        "ltdr_sharpening_strength": 0.0,
+        "ltdr_balance": "language",
     }
     assert default_hparams("GMOE_DAR", "PACS") == {n: ltdr[n] for n in gmoe}
-    assert default_hparams("GMOE_EEA", "PACS") == ltdr
+    # GMOE_EEA has a balance of its own
+    assert default_hparams("GMOE_EEA", "PACS") | {"ltdr_balance": "language"} == ltdr
 
 
 def test_draws_stay_where_vits_train():
