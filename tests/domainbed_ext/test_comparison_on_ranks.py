@@ -23,6 +23,8 @@ ROUTERS = {
     "DYNAMIC, sharing experts": {"moe_dispatcher": "all_to_all"},
     # each rank compares and balances its own tokens, so these losses are others
     "STGC": {"moe_noise_std": 0.0, "stgc_weight": 0.0, "moe_balance_weight": 0.0},
+    "DEEPSEEK, sharing experts": {"moe_balance_weight": 0.0, "moe_dispatcher": "all_to_all"},
+    "GROUPS": {"moe_noise_std": 0.0, "moe_balance_weight": 0.0},
     # two steps dense, two of evolution, one of routing
     "EVOMOE": {
         "evomoe_dense_share": 0.4,
