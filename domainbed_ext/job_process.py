@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import tempfile
 import time
@@ -34,6 +35,7 @@ OUTCOMES = {
 _SAVE_SECONDS = 120  # that torchrun gives processes it has told to end; its default is 30
 _LAST_LINES = 20
 _POLL_SECONDS = 0.1
+_LAUNCHER_AT_STDIN = "LTDR_LAUNCHER_AT_STDIN"
 
 
 class JobProcess:
@@ -63,8 +65,9 @@ class JobProcess:
                     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SAVE_SECONDS),
                     **os.environ,
                     **(environment or {}),
+                    _LAUNCHER_AT_STDIN: "1",
                 },
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # open as long as this process lives
                 stdout=subprocess.DEVNULL,
                 stderr=self._said,
                 start_new_session=True,
@@ -104,6 +107,8 @@ class JobProcess:
         nothing else did."""
         self.wait()
         status = self._process.returncode
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         with self._said as said:
             said.seek(0)
             lines = said.read().decode("utf-8", errors="replace").splitlines()
@@ -125,6 +130,15 @@ class JobProcess:
                     file.write(f"{line}\n")
             mark_failed(folder, reason="died", message=message)
         return "failed"
+
+
+def launcher_is_gone() -> bool:
+    """Whether this process was started by a `JobProcess` of a process that has ended."""
+    if _LAUNCHER_AT_STDIN not in os.environ:
+        return False
+    # Nothing is ever written to it: what can be read is its end.
+    readable, _, _ = select.select([0], [], [], 0)
+    return bool(readable)
 
 
 def _ranks_of(pid: int) -> list[int]:

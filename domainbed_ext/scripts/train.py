@@ -34,6 +34,7 @@ from domainbed_ext.hparams import (
     random_hparams,
     with_overrides,
 )
+from domainbed_ext.job_process import launcher_is_gone
 from domainbed_ext.jobs import (
     DONE_FILE,
     EVAL_SPLITS,
@@ -55,7 +56,13 @@ from domainbed_ext.jobs import (
 from domainbed_ext.memory import is_out_of_memory
 from domainbed_ext.progress_file import ProgressFile
 from domainbed_ext.seeds import seed_hash
-from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stop_requested, stops_on_signals
+from domainbed_ext.stop_signals import (
+    EXIT_STOPPED,
+    Stopped,
+    ask_to_stop,
+    stop_requested,
+    stops_on_signals,
+)
 from domainbed_ext.tracking import add_tracker_flags, check_tracker_flags
 
 if TYPE_CHECKING:
@@ -256,6 +263,8 @@ def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Re
         def report(state: RunState) -> None:
             if progress_file is not None:
                 progress_file(state)
+                if launcher_is_gone():  # nobody waits for the rest now
+                    ask_to_stop(os.getpid())
             if progress is not None:
                 progress(state)
 

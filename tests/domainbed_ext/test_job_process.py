@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess
+from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess, launcher_is_gone
 from domainbed_ext.jobs import TrainArgs, mark_failed, read_failure
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(folder, code, *arguments):
@@ -71,16 +76,51 @@ def test_a_job_is_told_to_stop_and_may_be_told_twice(tmp_path):
     process = JobProcess(
         [sys.executable, "-c", WAITS, str(ready)], TrainArgs(output_dir=tmp_path / "job")
     )
-    end = time.monotonic() + 60
-    while not ready.exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for(ready.exists)
     assert not process.has_ended()
     process.ask_to_stop()
     process.wait()
     process.ask_to_stop()
     assert process.has_ended()
     assert process.outcome() == "stopped, to be gone on with"
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+from domainbed_ext.job_process import launcher_is_gone
+assert not launcher_is_gone()
+Path(sys.argv[1]).touch()
+while not launcher_is_gone():
+    time.sleep(0.02)
+Path(sys.argv[2]).touch()
+"""
+LAUNCHER = """
+import sys, time
+from domainbed_ext.job_process import JobProcess
+from domainbed_ext.jobs import TrainArgs
+job = JobProcess([sys.executable, "-c", *sys.argv[1:]], TrainArgs(output_dir="job"))
+time.sleep(300)
+"""
+
+
+def test_a_job_notices_that_its_launcher_was_killed(tmp_path):
+    assert not launcher_is_gone()  # of a process that nobody has launched
+    begun, noticed = tmp_path / "begun", tmp_path / "noticed"
+    command = [sys.executable, "-c", LAUNCHER, JOB, str(begun), str(noticed)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path) as launcher:
+        wait_for(begun.exists)
+        assert not noticed.exists()
+        launcher.kill()
+    wait_for(noticed.exists)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def test_torchrun_ignores_what_slurm_sends_to_all(tmp_path):
