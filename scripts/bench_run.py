@@ -228,7 +228,8 @@ def run(command: list[str], checkout: str | None) -> Seconds:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             output.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()[-3000:]}")
+            said = output.read().decode()[-3000:]
+            raise SystemExit(f"status {process.returncode} of {' '.join(command)}\n{said}")
     return Seconds(wall, usage.ru_utime + usage.ru_stime)
 
 
