@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OPTIONAL = {
     "tutel", "deepspeed", "transformers", "matplotlib", "resvg_py", "submitit", "ray", "wandb",
-    "tensorboard", "onnx", "onnxruntime", "domainbed",
+    "tensorboard", "lmms_eval", "onnx", "onnxruntime", "domainbed",
 }  # fmt: skip
 # Subclasses of another package's classes, for those who have it; they import it inside `try`.
-INTEGRATIONS = {"gmoe_ltdr/vlm/transformers.py"}
+INTEGRATIONS = {"gmoe_ltdr/vlm/transformers.py", "gmoe_ltdr/vlm/lmms_eval_model.py"}
 FORBIDDEN_NAMES = {"misc.py", "utils.py", "util.py", "common.py", "helpers.py", "helper.py"}
 
 

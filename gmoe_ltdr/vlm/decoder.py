@@ -111,8 +111,9 @@ def make_sparse_(
 
     Raises:
         TypeError: A network of another shape.
-        ValueError: A layer that does not exist.
+        ValueError: A layer that does not exist, or a tail rule that needs attention scores.
     """
+    refuse_attention(spec)
     layers = decoder.layers
     dense = {
         index: FeedForward.of(layers[index].mlp, name=f"layers.{index}.mlp")
@@ -124,6 +125,19 @@ def make_sparse_(
         if copy:
             network.copy_into_(moe)
         layers[index].mlp = moe.train(training)
+
+
+def refuse_attention(spec: MoESpec) -> None:
+    """Selection by attention (IAT) asks for scores that decoders do not hand out.
+
+    Raises:
+        ValueError: The spec selects by attention.
+    """
+    if spec.activates_tail and spec.tail_rule.kind == "attention":
+        raise ValueError(
+            "TailRule(kind='attention') needs the attention from text to image tokens, which a "
+            "language model's layers do not hand out; use kind='mean' or 'quantile'"
+        )
 
 
 # MoE-LLaVA's settings, which LTDR keeps: for what a preset leaves at the defaults of a `MoESpec`

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from gmoe_ltdr.routers.base import is_recomputed
 from gmoe_ltdr.routing import Modality, TokenContext
 from gmoe_ltdr.spec import MoESpec
+from gmoe_ltdr.vlm.decoder import refuse_attention
 from gmoe_ltdr.vlm.deepspeed_stub import deepspeed_stub
 from gmoe_ltdr.vlm.modality import TokenModality
 from gmoe_ltdr.vlm.moe_llava_layers import DeepSpeedGate, MoELlavaLayer
@@ -74,13 +75,15 @@ def convert_moe_llava(
         `inputs_embeds` are passed directly: `with model.token_modality.using(...)`.
 
     Raises:
-        ValueError: No such model, no MoE layer, or converted before.
+        ValueError: No such model, no MoE layer, converted before, or a tail rule that needs
+            attention scores.
         NotImplementedError: Experts on several ranks without DeepSpeed, or Tutel's.
     """
     if backend not in ("native", "deepspeed"):
         raise ValueError(f"backend={backend!r} is neither 'native' nor 'deepspeed'")
     if set(repair) - set(REPAIRS):
         raise ValueError(f"repair={tuple(repair)} may hold {', '.join(REPAIRS)}")
+    refuse_attention(spec)
     host = _find_host(model)
     decoder = host.get_model()
     layers = decoder.layers if hasattr(decoder, "layers") else decoder.h

@@ -19,36 +19,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.vlm.checkpoint_files import TensorFiles, write_shards
-from gmoe_ltdr.vlm.decoder import vlm_preset
+from gmoe_ltdr.vlm.moe_llava_config import (
+    feature_strategy,
+    num_features,
+    read_config,
+    spec_of,
+    text_config_of,
+    vision_config_of,
+)
 
-# MoE-LLaVA's model type: transformers' model type of its language model
-FAMILIES = {
-    "moe_llava_stablelm": "stablelm",
-    "moe_llava_phi": "phi",
-    "moe_llava_qwen1_5": "qwen2",
-}
-# Names of configuration fields where the two differ
-_RENAMED_FIELDS = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"}
-_TEXT_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range",
-    "layer_norm_eps", "rms_norm_eps", "norm_eps", "rope_pct", "partial_rotary_factor",
-    "rope_theta", "use_qkv_bias", "qk_layernorm", "use_sliding_window", "sliding_window",
-    "max_window_layers", "resid_pdrop", "embd_pdrop", "attention_dropout", "tie_word_embeddings",
-    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
-# openai/clip-vit-large-patch14-336, the tower of all published models
-_CLIP_LARGE_336 = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-}  # fmt: skip
 # Old names in front of new ones, tried in this order
 _PREFIXES = (
     ("model.image_tower.image_tower.vision_model.", "model.vision_tower."),
@@ -96,24 +81,24 @@ def from_moe_llava(
         ImportError: transformers is missing.
     """
     source, folder = Path(source), Path(folder)
-    old = _read_config(source)
-    spec = _spec(old, preset)
+    old = read_config(source)
+    spec = spec_of(old, preset)
     from gmoe_ltdr.vlm.transformers import LTDRLlavaConfig, LTDRLlavaForConditionalGeneration
 
-    vision_config = _vision_config(old, source, vision_tower)
+    vision_config = vision_config_of(old, source, vision_tower)
     words = _load_tokenizer(tokenizer, old.get("tokenizer_padding_side", "right"))
     with ExitStack() as stack:
         tensors = TensorFiles(source, stack)
         _check_names(tensors)
         spare = _ImageToken.choose(old, words)
         config = LTDRLlavaConfig(
-            text_config=_text_config(old, spare.vocab_size),
+            text_config=text_config_of(old, spare.vocab_size),
             vision_config=vision_config,
             moe_spec=spec.to_dict(),
             image_token_index=spare.id,
-            image_seq_length=_num_features(vision_config, old),
+            image_seq_length=num_features(vision_config, old),
             vision_feature_layer=old.get("mm_vision_select_layer", -2),
-            vision_feature_select_strategy=_strategy(old),
+            vision_feature_select_strategy=feature_strategy(old),
             projector_hidden_act="gelu",
         )
         config.dtype = tensors["model.embed_tokens.weight"].dtype
@@ -128,94 +113,6 @@ def from_moe_llava(
     if words is not None:
         _save_processor(words, old, config, vision_tower, folder)
     return folder
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} holds no readable config.json: {error}") from error
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"{source} has model_type {kind!r}; {', '.join(FAMILIES)} can be converted (Qwen-1 and "
-            "MiniCPM have no counterpart in transformers; use convert_moe_llava on the model)"
-        )
-    return config
-
-
-def _spec(old: Mapping[str, Any], preset: str) -> MoESpec:
-    """The sparse layers as `config.moe` describes them."""
-    moe = old.get("moe") or {}
-    layers = moe.get("moe_layers_idx")
-    if not layers:
-        raise ValueError("the checkpoint has no MoE layer (config.moe.moe_layers_idx is empty)")
-    if moe.get("use_tutel"):
-        raise NotImplementedError("the experts are Tutel's; train with use_tutel=False instead")
-    if moe.get("ep_size", 1) != 1:
-        raise NotImplementedError(
-            f"the experts lie on ep_size={moe['ep_size']} ranks, each of which numbers its own "
-            "from 0; gather them into one checkpoint with ep_size=1 first"
-        )
-    if moe.get("use_residual"):
-        raise ValueError(
-            "residual experts (use_residual) have no counterpart in this model; use "
-            "convert_moe_llava, which keeps them"
-        )
-    numbers = moe["num_experts"]
-    numbers = [numbers] if isinstance(numbers, int) else numbers
-    if len(set(numbers)) != 1:
-        raise ValueError(
-            f"layers with different numbers of experts ({numbers}) have no counterpart in this "
-            "model; use convert_moe_llava, which keeps them"
-        )
-    projector = old.get("image_projector_type")
-    if projector != "mlp2x_gelu":
-        raise ValueError(
-            f"image_projector_type={projector!r} has no counterpart in LLaVA, whose projector is "
-            "'mlp2x_gelu'"
-        )
-    return vlm_preset(
-        preset,
-        num_experts=numbers[0],
-        top_k=moe["top_k_experts"],
-        layers=tuple(layers),
-        balance_weight=moe.get("router_aux_loss_coef", 0.01),
-    )
-
-
-def _text_config(old: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    values = {name: old[name] for name in _TEXT_FIELDS if name in old}
-    values = {_RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
-    return {**values, "vocab_size": vocab_size, "model_type": FAMILIES[old["model_type"]]}
-
-
-def _vision_config(
-    old: Mapping[str, Any], source: Path, vision_tower: str | os.PathLike | None
-) -> dict[str, Any]:
-    name = str(old.get("mm_image_tower") or "")
-    for folder in (vision_tower, source / name if name else None):
-        path = None if folder is None else Path(folder) / "config.json"
-        if path is not None and path.is_file():
-            values = json.loads(path.read_text())
-            values = values.get("vision_config", values)  # of a whole CLIP
-            return {**values, "model_type": "clip_vision_model"}
-    if vision_tower is not None:
-        raise ValueError(f"vision_tower={str(vision_tower)!r} holds no config.json of a CLIP")
-    if name.rstrip("/").endswith("clip-vit-large-patch14-336"):
-        return {**_CLIP_LARGE_336, "model_type": "clip_vision_model"}
-    raise ValueError(
-        f"the checkpoint's image tower is {name!r}; pass vision_tower=, a folder with that model"
-    )
-
-
-def _strategy(old: Mapping[str, Any]) -> Literal["default", "full"]:
-    return "full" if old.get("mm_vision_select_feature") == "cls_patch" else "default"
-
-
-def _num_features(vision: Mapping[str, Any], old: Mapping[str, Any]) -> int:
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    return patches + (_strategy(old) == "full")
 
 
 @dataclass(frozen=True)

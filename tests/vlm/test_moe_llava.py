@@ -491,3 +491,6 @@ class TestRefusals:
             convert_moe_llava(host(num_experts=[4, 2]), vlm_preset("ltdr", top_k=3))
         with pytest.raises(ValueError, match="upcycle_llava"):
             convert_moe_llava(golden_host(), vlm_preset("ltdr", shared_experts=1))
+        by_attention = vlm_preset("ltdr", tail_rule=TailRule(kind="attention"))
+        with pytest.raises(ValueError, match="attention from text to image tokens"):
+            convert_moe_llava(golden_host(), by_attention)

@@ -12,6 +12,7 @@ from gmoe_ltdr.losses import load_balancing_loss
 from gmoe_ltdr.routing import Modality
 from gmoe_ltdr.tail import TailRule
 from gmoe_ltdr.vlm.moe_llava_checkpoint import from_moe_llava
+from gmoe_ltdr.vlm.moe_llava_config import feature_strategy, num_features, vision_config_of
 from gmoe_ltdr.vlm.transformers import LTDRLlavaForConditionalGeneration
 from tests.vlm.goldens import golden, write_checkpoint, write_tower
 from tests.vlm.llavas import FAMILIES, IMAGE, dense_llava, questions
@@ -252,6 +253,16 @@ def test_what_has_no_counterpart_is_refused(config, error, message, tmp_path):
     with pytest.raises(error, match=message):
         from_moe_llava(source, tmp_path / "out", vision_tower=write_tower(tmp_path / "clip"))
     assert not list((tmp_path / "out").rglob("*")), "half a model was left behind"
+
+
+def test_the_tower_of_the_published_models_is_known(tmp_path):
+    """CLIP-L/14 at 336 pixels: 24 by 24 features, and the class token where it is kept."""
+    old = {"mm_image_tower": "openai/clip-vit-large-patch14-336"}
+    vision = vision_config_of(old, tmp_path, None)
+    assert num_features(vision, old) == 576
+    with_class = {**old, "mm_vision_select_feature": "cls_patch"}
+    assert feature_strategy(with_class) == "full"
+    assert num_features(vision, with_class) == 577
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -404,6 +404,10 @@ def test_bad_input_is_refused_when_the_model_is_made():
     with pytest.raises(TypeError, match=r"layers\.2\.mlp is a Sequential"):
         upcycle_llava(odd, vlm_preset("ltdr"))
     assert not moe_layers(odd)
+    by_attention = vlm_preset("ltdr", tail_rule=TailRule(kind="attention"))
+    with pytest.raises(ValueError, match="attention from text to image tokens"):
+        upcycle_llava(dense, by_attention)
+    assert not moe_layers(dense)
     sparse = upcycle_llava(dense, vlm_preset("ltdr"))
     with pytest.raises(ValueError, match="sparse already"):
         upcycle_llava(sparse, vlm_preset("ltdr"))
