@@ -35,12 +35,12 @@ def use_fused_kernels_(optimizer: torch.optim.Optimizer, hparams: Mapping[str, A
     """
     choice = hparams.get("fused_optimizer", "auto")
     for group in optimizer.param_groups:
-        on_cuda = all(parameter.is_cuda for parameter in group["params"])
+        on_cuda = any(parameter.is_cuda for parameter in group["params"])
         fused = True if choice == "on" or (choice == "auto" and on_cuda) else None
         if group.get("fused") == fused:
             continue
         group["fused"] = fused
-        for parameter in group["params"]:  # of a run that begun on another device
+        for parameter in group["params"]:  # of a run that began on another device
             if fused and parameter in optimizer.state:
                 state = optimizer.state[parameter]
                 state["step"] = state["step"].to(parameter.device)
