@@ -3,13 +3,13 @@
 Batch ``step`` is the same whatever was drawn before and however many workers decode: a run resumes
 by asking for ``start_step`` and needs no sampler state. In-memory images are indexed and
 transformed as whole batches in this process; image files are decoded by workers, each making
-whole batches.
+whole batches, which become floats on the device.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from domainbed_ext.datasets.base import EnvSplit, Transform
+from domainbed_ext.datasets.file_transforms import FileTransform
 from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
 from domainbed_ext.stop_signals import leave_stops_to_parent
@@ -45,8 +46,8 @@ class TrainBatches:
         start_step: The first batch's step.
         weights: A sampling weight per image of the split.
         pin_memory: Have the decoded batches in page-locked memory.
-        device: Where in-memory data are transformed, and come out; augmentation draws from that
-            device's generator. Decoded images always come out on the CPU.
+        device: Where batches come out, and in-memory data are transformed; their augmentation draws
+            from that device's generator, that of image files from the CPU's.
         share: Part of each batch that comes out; the images are those of the whole batch.
     """
 
@@ -92,7 +93,7 @@ class EvalBatches:
         transform: The data set's eval transform.
         num_workers: Processes that decode image files; ignored for in-memory data.
         pin_memory: Have the decoded batches in page-locked memory.
-        device: Where in-memory data are transformed, and come out.
+        device: Where batches come out, and in-memory data are transformed.
         ranks: Processes that go through the split together: each takes its part of the images, all
             the same number of batches. Where images do not suffice, a batch is one image with the
             label -1, which counts nowhere.
@@ -144,10 +145,10 @@ def eval_stream(loaders: Mapping[str, EvalBatches]) -> Iterator[tuple[str, Batch
         pin_memory = any(loader.pin_memory for loader in by_workers.values())
         batches = _from_workers(chain, range(len(chain)), num_workers, pin_memory)
         for (part, _), batch in zip(chain.places, batches, strict=True):
-            yield names[part], batch
+            yield names[part], chain.parts[part].finish(batch)
 
 
-class _Chain(Dataset):
+class _Chain:
     """The batches of several splits as those of one."""
 
     def __init__(self, parts: Sequence[_EvalSteps]) -> None:
@@ -159,18 +160,32 @@ class _Chain(Dataset):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Batch:
+    def load(self, index: int) -> Batch:
         number, step = self.places[index]
-        return self.parts[number][step]
+        return self.parts[number].load(step)
 
 
-class _Steps(Dataset):
-    """Item `step` is a whole batch."""
+class _Steps:
+    """Item `step` is a whole batch: what `load` makes of it, in a worker or not, finished here."""
 
     def __init__(self, split: EnvSplit, transform: Transform, device: str | torch.device) -> None:
         self.split = split
         self.transform = transform
         self.device = device
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.finish(self.load(step))
+
+    def load(self, step: int) -> Batch:
+        """The batch, of image files on the CPU and as uint8."""
+        raise NotImplementedError
+
+    def finish(self, batch: Batch) -> Batch:
+        """The batch on the device, as a model sees it."""
+        x, y = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        if isinstance(self.transform, FileTransform):
+            x = self.transform.normalize(x)
+        return x, y
 
     def _load(
         self, positions: np.ndarray, seed: Sequence[int], share: slice = slice(None)
@@ -183,11 +198,15 @@ class _Steps(Dataset):
             images = environment.images(keys).to(self.device)
             # all of them, so that a share's images are drawn as those of the whole batch
             return self.transform(images, generator)[share], y.to(self.device)
+        read: Callable[[int], Any] = environment.image
+        transform = self.transform
+        if isinstance(transform, FileTransform):
+            read, transform = environment.pixels, transform.pixels
         x = []
         for position, key in list(enumerate(keys))[share]:
-            image = environment.image(int(key))
+            image = read(int(key))
             with _seeded(_mix([*seed, position])):
-                x.append(self.transform(image))
+                x.append(transform(image))
         return torch.stack(x), y
 
 
@@ -211,7 +230,7 @@ class _TrainSteps(_Steps):
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
-    def __getitem__(self, step: int) -> Batch:
+    def load(self, step: int) -> Batch:
         return self._load(self._positions(step), [*self.seed, _AUGMENTATION, step], self.share)
 
     def _positions(self, step: int) -> np.ndarray:
@@ -244,7 +263,7 @@ class _EvalSteps(_Steps):
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
-    def __getitem__(self, step: int) -> Batch:
+    def load(self, step: int) -> Batch:
         start = step * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, len(self.split)))
         mine = positions[self.ranks.share(len(positions))]
@@ -286,7 +305,7 @@ class _Reporting(Dataset):
 
     def __getitem__(self, step: int) -> Batch | _Failure:
         try:
-            return self.batches[step]
+            return self.batches.load(step)
         except UsageError as error:
             return _Failure(str(error))
 
@@ -308,12 +327,14 @@ def _iterate(
 ) -> Iterator[Batch]:
     if num_workers == 0 or batches.split.environment.in_memory:
         return (batches[step] for step in steps)
-    return _from_workers(batches, steps, num_workers, pin_memory)
+    loaded = _from_workers(batches, steps, num_workers, pin_memory)
+    return (batches.finish(batch) for batch in loaded)
 
 
 def _from_workers(
     batches: _Steps | _Chain, steps: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
+    """What `load` of the batches makes, in worker processes."""
     loader = DataLoader(
         _Reporting(batches),
         batch_size=None,

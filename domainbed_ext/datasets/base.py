@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from domainbed_ext.datasets.image_cache import CachedImages
 
-# In-memory data: (uint8 NCHW, generator) -> float NCHW. File images: PIL image -> float CHW.
+# In-memory data: (uint8 NCHW, generator) -> float NCHW. File images: PIL image -> float CHW; a
+# FileTransform is applied in its two halves.
 Transform = Callable[..., Tensor]
 
 
@@ -60,6 +61,10 @@ class Environment(Dataset):
     def image(self, index: int) -> Image.Image:
         """Decoded RGB image; environments that are not in memory only."""
         raise TypeError(f"environment {self.name} is in memory; use images(indices)")
+
+    def pixels(self, index: int) -> np.ndarray:
+        """The same as a uint8 array (H, W, 3)."""
+        return np.array(self.image(index))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self.eval_transform is None:
@@ -130,6 +135,11 @@ class FileEnvironment(Environment):
                 f"cannot read the image {path} (environment {self.name}): {reason}; "
                 "replace or remove it"
             ) from error
+
+    def pixels(self, index: int) -> np.ndarray:
+        """A view of the cache where there is one."""
+        cached = None if self.cache is None else self.cache.pixels(index)
+        return super().pixels(index) if cached is None else cached
 
 
 def read_image(path: str) -> Image.Image:

@@ -50,14 +50,19 @@ class CachedImages:
         """An RGB image; None for one that could not be decoded when the cache was built."""
         from PIL import Image
 
+        pixels = self.pixels(index)
+        return None if pixels is None else Image.fromarray(pixels)
+
+    def pixels(self, index: int) -> np.ndarray | None:
+        """The same as an array (H, W, 3), a view of the map."""
         start = int(self._offsets[index])
         if start == ABSENT:
             return None
         if self._pixels is None:
-            self._pixels = np.memmap(self._file, np.uint8, mode="r")
+            # writable, or torch would warn of each view; changed pages are copies of this process
+            self._pixels = np.memmap(self._file, np.uint8, mode="c")
         height, width = map(int, self._sizes[index])
-        pixels = self._pixels[start : start + height * width * 3]
-        return Image.fromarray(pixels.reshape(height, width, 3))
+        return self._pixels[start : start + height * width * 3].reshape(height, width, 3)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the file itself; a pickled map would be a copy of all pixels.

@@ -1,8 +1,8 @@
 """From images to the tensors a model sees, in training and in evaluation.
 
 Images in memory are transformed as whole batches of tensors; every random number comes from the
-generator that is passed, each image having its own. Image files are transformed one by one with
-torchvision and draw from torch's global generator, which the loaders seed per image.
+generator that is passed, each image having its own. Image files are transformed one by one
+(`file_transforms`) and draw from torch's global generator, which the loaders seed per image.
 Shapes: N images, C channels, H and W pixels.
 """
 
@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from domainbed_ext.datasets.file_transforms import FileTransform
 from domainbed_ext.errors import UsageError
 
 AUGMENTATIONS = ("domainbed", "style", "none")
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def get_transforms(
@@ -50,8 +47,8 @@ def get_transforms(
         raise UsageError(
             f"augmentation {augmentation!r} is unknown; choose among {', '.join(AUGMENTATIONS)}"
         )
+    size = (input_shape[1], input_shape[2])
     if in_memory:
-        size = (input_shape[1], input_shape[2])
         augmented: dict[str, Callable[..., Tensor]] = {
             "domainbed": Jitter(size),
             "style": Style(size),
@@ -63,33 +60,10 @@ def get_transforms(
             "augmentation 'style' is for data sets held in memory, such as EmojiDG; "
             "for image files choose 'domainbed' or 'none'"
         )
-    evaluated = _file_transform(input_shape, augmented=False)
+    evaluated = FileTransform(size, augmented=False)
     if augmentation == "none":
         return evaluated, evaluated
-    return _file_transform(input_shape, augmented=True), evaluated
-
-
-def _file_transform(input_shape: tuple[int, int, int], *, augmented: bool) -> Callable[..., Tensor]:
-    from torchvision.transforms import v2
-
-    size = tuple(input_shape[1:])
-    if augmented:
-        steps: list[Any] = [
-            v2.RandomResizedCrop(size, scale=(0.7, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            v2.RandomGrayscale(0.1),
-        ]
-    else:
-        steps = [v2.Resize(size, antialias=True)]
-    return v2.Compose(
-        [
-            *steps,
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(_IMAGENET_MEAN, _IMAGENET_STD),
-        ]
-    )
+    return FileTransform(size, augmented=True), evaluated
 
 
 @dataclass(frozen=True)
