@@ -2,10 +2,14 @@
 
 import csv
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+from gmoe_ltdr.experts import StackedExperts
+from gmoe_ltdr.kernels import triton_available, triton_interprets
 from tests import other_libraries
 from tests.test_tutel import needs_tutel
 
@@ -149,3 +153,35 @@ def test_routers_are_compared_with_gmoe(bench_dispatch, tmp_path, capsys):
     experts = 2 * 5 * (2 * 64 * 256 + 64 + 256)
     gate = 2 * (64 * 256 + 256 + 256 * 6 + 1)
     assert int(rows["GMOE"]["parameters"]) == dense + experts + gate
+
+
+@pytest.mark.skipif(
+    find_spec("scattermoe") is None or not triton_available(),
+    reason="needs ScatterMoE on the path, and a GPU or TRITON_INTERPRET=1 from the start",
+)
+def test_the_real_scattermoe_computes_what_our_experts_do(bench_dispatch):
+    from other_experts import OTHERS, ids_and_weights
+
+    device = "cpu" if triton_interprets() else "cuda"
+    torch.manual_seed(0)
+    layer = StackedExperts(4, 32, 64).to(device)
+    tokens_TD = torch.randn(50, 32, device=device)
+    probs_TE = torch.rand(50, 4, device=device)
+    mask_TE = probs_TE >= probs_TE.topk(2).values[:, 1:]
+    weights_TE = probs_TE * mask_TE
+    cotangent_TD = torch.randn_like(tokens_TD)
+
+    def gradients(compute):
+        x_TD = tokens_TD.clone().requires_grad_()
+        out_TD = compute(x_TD)
+        return [out_TD, *torch.autograd.grad(out_TD, [x_TD, *layer.parameters()], cotangent_TD)]
+
+    def reference(x_TD):
+        hidden = torch.einsum("td,efd->tef", x_TD, layer.fc1_weight) + layer.fc1_bias
+        out = torch.einsum("tef,edf->ted", layer.act(hidden), layer.fc2_weight) + layer.fc2_bias
+        return (out * weights_TE[..., None]).sum(1)
+
+    plan = ids_and_weights(mask_TE, weights_TE, 2)
+    found = gradients(lambda x_TD: OTHERS["scattermoe"]()(layer, x_TD, *plan))
+    for value, expected in zip(found, gradients(reference), strict=True):
+        torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4)
