@@ -3,7 +3,8 @@
 `vit_dim64_patch4_16` and `vit_dim64_patch4_28` cut digits into plain patches.
 `vit_dim128_stem16_64` looks at drawings: fixed oriented-gradient energies, which do not change
 when a filled shape becomes an outline or a colour another one, then a convolutional stem, then
-transformer blocks. Their blocks are timm's, so `upcycle_` makes any of them sparse.
+transformer blocks; `vit_dim128_stem16_reg1_64` adds a token that is no patch. Their blocks are
+timm's, so `upcycle_` makes any of them sparse.
 Shapes: B images, C channels, D width, H and W pixels, K orientations, N tokens.
 """
 
@@ -173,6 +174,7 @@ default_cfgs = generate_default_cfgs(
         "vit_dim64_patch4_16.untrained": _cfg(16),
         "vit_dim64_patch4_28.untrained": _cfg(28),
         "vit_dim128_stem16_64.untrained": _cfg(64, first_conv="patch_embed.stages.0"),
+        "vit_dim128_stem16_reg1_64.untrained": _cfg(64, first_conv="patch_embed.stages.0"),
     }
 )
 
@@ -199,6 +201,18 @@ def vit_dim64_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransf
 def vit_dim128_stem16_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Oriented gradients, three convolutional stages to 4x4 tokens, width 128, four blocks: 1.3 M
     parameters, 30 M multiply-adds for a 64-pixel drawing on white."""
+    return _create_with_stem("vit_dim128_stem16_64", pretrained, **kwargs)
+
+
+@register_model
+def vit_dim128_stem16_reg1_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`vit_dim128_stem16_64` with one register token, for routers that tell it from patches: the
+    head reads the mean patch in both."""
+    arguments = {"reg_tokens": 1, "no_embed_class": True, **kwargs}
+    return _create_with_stem("vit_dim128_stem16_reg1_64", pretrained, **arguments)
+
+
+def _create_with_stem(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
     arguments = {
         "img_size": 64,
         "patch_size": 16,
@@ -210,4 +224,4 @@ def vit_dim128_stem16_64(pretrained: bool = False, **kwargs: Any) -> VisionTrans
         "fc_norm": True,
         "embed_layer": partial(GradientStem, widths=(32, 64, 128)),
     }
-    return _create("vit_dim128_stem16_64", pretrained, **{**arguments, **kwargs})
+    return _create(name, pretrained, **{**arguments, **kwargs})

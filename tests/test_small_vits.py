@@ -13,6 +13,7 @@ MODELS = {
     "vit_dim64_patch4_16": (16, 153_360),
     "vit_dim64_patch4_28": (28, 157_520),
     "vit_dim128_stem16_64": (64, 1_297_136),
+    "vit_dim128_stem16_reg1_64": (64, 1_297_136 + 128),
 }
 
 
@@ -73,6 +74,23 @@ def test_logits_do_not_depend_on_batch_mates_in_evaluation():
     x = torch.rand(4, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_register_token_reaches_the_head_through_attention_alone():
+    torch.manual_seed(3)
+    with_token = timm.create_model("vit_dim128_stem16_reg1_64", num_classes=3).eval()
+    without = timm.create_model("vit_dim128_stem16_64", num_classes=3).eval()
+    weights = with_token.state_dict()
+    assert weights.pop("reg_token").shape == (1, 1, 128)
+    without.load_state_dict(weights)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        assert with_token.forward_features(x).shape == (2, 17, 128)
+        assert (with_token(x) - without(x)).abs().max() > 1e-6
+        for model in (with_token, without):
+            for block in model.blocks:
+                block.attn.proj.weight.zero_()
+        torch.testing.assert_close(with_token(x), without(x))
 
 
 def test_gradients_of_white_are_nothing():

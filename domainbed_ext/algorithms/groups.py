@@ -24,7 +24,7 @@ class GROUPS(SparseViT):
         if self.hparams["groups_by"] == "cls" and not getattr(network, "num_prefix_tokens", 0):
             raise UsageError(
                 f"hparam groups_by='cls' keeps experts for the class token, but "
-                f"backbone={self.hparams['backbone']!r} has none; choose another backbone, or "
-                "'modality'"
+                f"backbone={self.hparams['backbone']!r} has neither that nor register tokens; "
+                "choose one that has (on EmojiDG 'vit_dim128_stem16_reg1_64'), or 'modality'"
             )
         return network

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from domainbed_ext.algorithms import get_algorithm_class
-from domainbed_ext.backbones import timm_arguments
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams, random_hparams, validate_hparams
 from domainbed_ext.jobs import TrainArgs
@@ -289,15 +288,22 @@ def test_groups_without_text_are_half_of_the_model():
         assert not {2, 3} & set(numbers["dead_experts"])
 
 
-def test_a_backbone_without_a_class_token_has_no_group_for_it(monkeypatch):
-    without = {"class_token": False, "global_pool": "avg"}
-    monkeypatch.setattr(
-        "domainbed_ext.algorithms.sparse.timm_arguments",
-        lambda *args: {**timm_arguments(*args), **without},
-    )
-    with pytest.raises(UsageError, match="groups_by='cls' keeps experts for the class token"):
-        spec_of("GROUPS")
-    assert spec_of("GROUPS", groups_by="modality").num_experts == 4
+def test_a_backbone_without_a_class_token_has_no_group_for_it():
+    """EmojiDG's default is one; its twin with a register token has two kinds of tokens."""
+    hparams = {**default_hparams("GROUPS", "EmojiDG"), "schedule_steps": 10}
+    shape = (3, 64, 64)
+    with pytest.raises(UsageError, match="groups_by='cls' keeps experts for the class") as caught:
+        get_algorithm_class("GROUPS")(shape, 16, 3, hparams)
+    assert "\n" not in str(caught.value)
+    hparams["backbone"] = "vit_dim128_stem16_reg1_64"
+    assert repr(hparams["backbone"]) in str(caught.value)
+
+    torch.manual_seed(0)
+    algorithm = get_algorithm_class("GROUPS")(shape, 16, 3, hparams)
+    algorithm.update([(torch.rand(4, *shape) * 2 - 1, torch.arange(4)) for _ in range(3)])
+    for numbers in algorithm.diagnostics()["router"].values():
+        # of the 17 tokens of an image one has the second group's experts
+        assert sum(numbers["load"][2:]) == pytest.approx(1 / 17, rel=1e-4)
 
 
 def test_impossible_combinations_are_refused_in_one_line():
