@@ -60,6 +60,11 @@ class Run:
         return Path(self.args.output_dir)
 
     @property
+    def train_envs(self) -> list[int]:
+        """Numbers of the domains that are trained on."""
+        return [env for env in range(len(self.dataset)) if env not in self.args.test_envs]
+
+    @property
     def info(self) -> dict[str, Any]:
         """What checkpoints and saved models say about the run."""
         return {

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "domainbed_ext"
 WATCHED = (
-    *("training", "evaluation", "records", "jobs"),
+    *("training", "resuming", "divergence", "evaluation", "records", "jobs"),
     *("checkpoint", "saved_models", "tensor_files", "atomic_files"),
 )
 FILE_CALLS = {
