@@ -22,12 +22,21 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
+def routed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Whatever has a `router` by name, in depth order: a `MoE`, or a host's own layer or gate that
+    routes by one of ours."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "router", None), Router)
+    }
+
+
 @contextmanager
 def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
     """Collect every layer's `Routing` of one forward, keyed by layer name, in depth order.
 
-    A layer is whatever has a `router`: a `MoE`, or a host's own that routes by one of ours. Leave
-    the context before `backward()`.
+    A layer is any of `routed_modules`. Leave the context before `backward()`.
 
         with collect_routing(model) as routings:
             logits = model(images)
@@ -60,9 +69,8 @@ def collect_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
         return keep
 
     handles = [
-        module.router.register_forward_hook(hook_of(name))
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "router", None), Router)
+        module.router.register_forward_hook(hook_of(name))  # type: ignore[union-attr]
+        for name, module in routed_modules(model).items()
     ]
     try:
         yield routings

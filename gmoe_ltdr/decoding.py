@@ -22,9 +22,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmoe_ltdr.collect import moe_layers
+from gmoe_ltdr.collect import routed_modules
 from gmoe_ltdr.routers.image_level import ImageLevelRouter
 from gmoe_ltdr.routing import Routing
+
+
+def sequence_routers(model: nn.Module) -> dict[str, ImageLevelRouter]:
+    """The routers that choose for whole sequences, by the names of their layers."""
+    routers = {name: layer.router for name, layer in routed_modules(model).items()}
+    return {name: r for name, r in routers.items() if isinstance(r, ImageLevelRouter)}
 
 
 def sequence_decisions(model: nn.Module, routings: Mapping[str, Routing]) -> dict[str, Tensor]:
@@ -35,12 +41,11 @@ def sequence_decisions(model: nn.Module, routings: Mapping[str, Routing]) -> dic
         routings: What `collect_routing` gathered of the prompt's forward.
     """
     decided = {}
-    for name, layer in moe_layers(model).items():
-        if isinstance(layer.router, ImageLevelRouter):
-            plan = routings[name]
-            assert plan.shape_BL is not None  # such a router has set it
-            # all tokens of a sequence have the same logits
-            decided[name] = plan.logits_TE.view(*plan.shape_BL, plan.num_experts)[:, 0].detach()
+    for name in sequence_routers(model):
+        plan = routings[name]
+        assert plan.shape_BL is not None  # such a router has set it
+        # all tokens of a sequence have the same logits
+        decided[name] = plan.logits_TE.view(*plan.shape_BL, plan.num_experts)[:, 0].detach()
     return decided
 
 
@@ -60,9 +65,9 @@ def reuse_decisions(model: nn.Module, decided: Mapping[str, Tensor]) -> Iterator
 
         return remind
 
-    layers = moe_layers(model)
+    routers = sequence_routers(model) if decided else {}
     handles = [
-        layers[name].router.register_forward_pre_hook(hook_of(logits_BE))
+        routers[name].register_forward_pre_hook(hook_of(logits_BE))
         for name, logits_BE in decided.items()
     ]
     try:

@@ -10,9 +10,11 @@ layer a second time during backward.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from gmoe_ltdr.collect import moe_layers
+from gmoe_ltdr.collect import routed_modules
 
 
 def set_image_info(
@@ -30,10 +32,11 @@ def set_image_info(
     """
     given = {"domain_B": domain_B, "embedding_BD": embedding_BD}
     info = {name: value.detach() for name, value in given.items() if value is not None}
-    for name, layer in moe_layers(model).items():
-        if not hasattr(layer.context_of, "image_info"):
+    for name, layer in routed_modules(model).items():
+        context_of: Any = layer.context_of
+        if not hasattr(context_of, "image_info"):
             raise TypeError(
-                f"layer {name!r} gets its context from a {type(layer.context_of).__name__}, which "
+                f"layer {name!r} gets its context from a {type(context_of).__name__}, which "
                 "has to be told itself"
             )
-        layer.context_of.image_info = info
+        context_of.image_info = info

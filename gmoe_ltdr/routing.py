@@ -75,6 +75,13 @@ class TokenContext:
                     f"{self.modality_BL.shape[0]}; set it anew before each forward"
                 )
 
+    def to(self, device: torch.device) -> TokenContext:
+        """The same on another device; itself where it is there already."""
+        if self.modality_BL.device == device:
+            return self
+        tensors = {k: v.to(device) for k, v in vars(self).items() if v is not None}
+        return replace(self, **tensors)
+
     @classmethod
     def all_vision(
         cls,

@@ -70,7 +70,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train a tiny LLaVA from scratch")
     demo.add_argument(
-        "--steps", type=int, default=1500,
+        "--steps", type=int, default=900,
         help="of the dense model; every variant takes a third more (%(default)s)",
     )  # fmt: skip
     demo.add_argument("--seeds", type=int, default=3, help="of each variant (%(default)s)")

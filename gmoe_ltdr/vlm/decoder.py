@@ -16,6 +16,7 @@ from gmoe_ltdr.experts import StackedExperts
 from gmoe_ltdr.moe import MoE
 from gmoe_ltdr.routing import TokenContext
 from gmoe_ltdr.spec import MoESpec, preset
+from gmoe_ltdr.vlm.instruction_attention import InstructionAttention, check_attention
 from gmoe_ltdr.vlm.modality import TokenModality
 
 
@@ -111,9 +112,12 @@ def make_sparse_(
 
     Raises:
         TypeError: A network of another shape.
-        ValueError: A layer that does not exist, or a tail rule that needs attention scores.
+        ValueError: A layer that does not exist, or a tail rule that needs attention scores where
+            the attention is not "eager".
     """
-    refuse_attention(spec)
+    by_attention = selects_by_attention(spec)
+    if by_attention:
+        check_attention(decoder)
     layers = decoder.layers
     dense = {
         index: FeedForward.of(layers[index].mlp, name=f"layers.{index}.mlp")
@@ -121,23 +125,18 @@ def make_sparse_(
     }
     for index, network in dense.items():
         training = layers[index].mlp.training
-        moe = network.sparse(spec, context_of=token_modality)
+        context_of: Callable[[Tensor], TokenContext] = token_modality
+        if by_attention:
+            context_of = InstructionAttention(token_modality, layers[index])
+        moe = network.sparse(spec, context_of=context_of)
         if copy:
             network.copy_into_(moe)
         layers[index].mlp = moe.train(training)
 
 
-def refuse_attention(spec: MoESpec) -> None:
-    """Selection by attention (IAT) asks for scores that decoders do not hand out.
-
-    Raises:
-        ValueError: The spec selects by attention.
-    """
-    if spec.activates_tail and spec.tail_rule.kind == "attention":
-        raise ValueError(
-            "TailRule(kind='attention') needs the attention from text to image tokens, which a "
-            "language model's layers do not hand out; use kind='mean' or 'quantile'"
-        )
+def selects_by_attention(spec: MoESpec) -> bool:
+    """Whether the tail rule is IAT."""
+    return spec.activates_tail and spec.tail_rule.kind == "attention"
 
 
 # MoE-LLaVA's settings, which LTDR keeps: for what a preset leaves at the defaults of a `MoESpec`

@@ -1,9 +1,9 @@
 """A LLaVA from scratch on synthetic questions, then dense, top-2 and LTDR side by side.
 
-One dense model learns to see; from it every variant goes on with the same questions, several seeds
-each. What this shows: that everything trains, and what routers do with words and with image tokens.
-What it does not show: that one variant is better. The accuracies of so small models differ by less
-than their standard error.
+One dense model learns to see, from questions and as many descriptions; from it every variant goes
+on in the same way, several seeds each. What this shows: that everything trains, and what routers do
+with words and with image tokens. What it does not show: that one variant is better. The accuracies
+of so small models differ by less than their standard error.
 
 Shapes: N questions, S tokens, V words.
 """
@@ -26,6 +26,7 @@ from gmoe_ltdr.vlm.questions import IMAGE, NUM_IMAGE_TOKENS, PAD, WORDS, Questio
 
 VARIANTS = {"dense": None, "top-2": "baseline", "LTDR": "ltdr"}
 _LEARNING_RATE, _BATCH_SIZE = 1e-3, 64
+_DESCRIPTIONS = 0.5  # share of what is learned from
 _TEST_SEED = 1_000_003
 
 
@@ -54,7 +55,7 @@ class Result:
 
 
 def tiny_llava() -> Any:
-    """473 thousand parameters: a CLIP of two layers, a Qwen2 of four."""
+    """507 thousand parameters: a CLIP of three layers, two of which are used, a Qwen2 of four."""
     from transformers import (
         CLIPVisionConfig,
         LlavaConfig,
@@ -124,7 +125,7 @@ def run_demo(
     steps: int,
     seeds: Sequence[int] = (0, 1, 2),
     num_train: int | None = None,
-    num_test: int = 1_000,
+    num_test: int = 2_000,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> tuple[float, dict[str, Result]]:
     """Train everything.
@@ -132,8 +133,9 @@ def run_demo(
     Args:
         steps: Of the dense model; each variant then takes a third as many.
         seeds: Each gives a variant its order of questions and its gates.
-        num_train: Questions to learn from; None: as many as the first steps see, up to 20,000.
-        num_test: Other questions.
+        num_train: Questions and descriptions to learn from; None: as many as the first steps see,
+            up to 20,000.
+        num_test: Questions of other pictures.
         tell: Is told how far it got.
 
     Returns:
@@ -145,7 +147,8 @@ def run_demo(
     from gmoe_ltdr.vlm.transformers import upcycle_llava
 
     num_train = num_train or min(_BATCH_SIZE * steps, 20_000)
-    questions, test = make_questions(num_train, 0), make_questions(num_test, _TEST_SEED)
+    questions = make_questions(num_train, 0, descriptions=_DESCRIPTIONS)
+    test = make_questions(num_test, _TEST_SEED)
     torch.manual_seed(0)
     dense = tiny_llava()
     tell(f"dense model, {sum(p.numel() for p in dense.parameters()):,} parameters, {steps} steps")

@@ -164,7 +164,10 @@ class TokenModality:
         Args:
             tokens: Values of `Modality`, uint8 (B, S), or more than that is known of them.
         """
-        return _Using(self, tokens if isinstance(tokens, TokenContext) else TokenContext(tokens))
+        context = tokens if isinstance(tokens, TokenContext) else TokenContext(tokens)
+        if self.image_info:  # as it is now: recomputation may come after it has been set anew
+            context = replace(context, **self.image_info)
+        return _Using(self, context)
 
     def checkpoint_context(
         self,
@@ -185,10 +188,8 @@ class TokenModality:
             language_B1 = torch.full(
                 shape, int(Modality.LANGUAGE), dtype=torch.uint8, device=x.device
             )
-            context = TokenContext(language_B1)
-        elif context.modality_BL.device != x.device:  # a decoder spread over devices
-            context = replace(context, modality_BL=context.modality_BL.to(x.device))
-        return replace(context, **self.image_info) if self.image_info else context
+            return TokenContext(language_B1, **self.image_info)
+        return context.to(x.device)  # a decoder may be spread over devices
 
     def _what_is_wrong(self, shape: tuple[int, ...]) -> str:
         if self._context is not None:

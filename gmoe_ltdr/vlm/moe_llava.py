@@ -13,8 +13,6 @@ the host are known; three are repaired on the way (`REPAIRS`):
   triple of a sparse layer: there it is a triple ("batch_of_three");
 * `copy.deepcopy(model)` shares the host's forward functions, so the copy computes with the
   original's layers. That remains: build a second model and load the state dict.
-
-Shapes: B rows of the batch, S tokens per row.
 """
 
 from __future__ import annotations
@@ -22,28 +20,28 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import weakref
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gmoe_ltdr.routers.base import is_recomputed
-from gmoe_ltdr.routing import Modality, TokenContext
 from gmoe_ltdr.spec import MoESpec
-from gmoe_ltdr.vlm.decoder import refuse_attention
+from gmoe_ltdr.vlm.decoder import selects_by_attention
 from gmoe_ltdr.vlm.deepspeed_stub import deepspeed_stub
 from gmoe_ltdr.vlm.modality import TokenModality
+from gmoe_ltdr.vlm.moe_llava_forwards import (
+    SPLICE,
+    DecoderForward,
+    LayerForward,
+    Splicing,
+    never_three_rows,
+)
 from gmoe_ltdr.vlm.moe_llava_layers import DeepSpeedGate, MoELlavaLayer
 
 _log = logging.getLogger(__name__)
 
 REPAIRS = ("aux_checkpointing", "batch_of_three")
-_IGNORE, _PROMPT = -100, -101  # no label; the same, but known to be no image feature
-_SPLICE = "prepare_inputs_labels_for_multimodal"
 _CLASSES = {
     "moe_llava_stablelm": ("llava_stablelm_moe", "EvalMoELLaVAStablelmForCausalLM"),
     "moe_llava_phi": ("llava_phi_moe", "EvalMoELLaVAPhiForCausalLM"),
@@ -83,7 +81,12 @@ def convert_moe_llava(
         raise ValueError(f"backend={backend!r} is neither 'native' nor 'deepspeed'")
     if set(repair) - set(REPAIRS):
         raise ValueError(f"repair={tuple(repair)} may hold {', '.join(REPAIRS)}")
-    refuse_attention(spec)
+    if selects_by_attention(spec):
+        raise ValueError(
+            "TailRule(kind='attention') needs the attention from text to image tokens, which "
+            "MoE-LLaVA's layers do not hand out; use kind='mean' or 'quantile', or a converted "
+            "checkpoint (from_moe_llava) with attn_implementation='eager'"
+        )
     host = _find_host(model)
     decoder = host.get_model()
     layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
@@ -100,15 +103,15 @@ def convert_moe_llava(
             layers[index].mlp = new.train(training)
         else:
             moe = mlp.deepspeed_moe
-            gate = DeepSpeedGate(moe, layer_spec, token_modality=modality)
+            gate = DeepSpeedGate(moe, layer_spec, context_of=modality)
             moe.gate = gate.train(moe.gate.training)
-    splice = _Splicing(host, modality)
-    decoder.forward = _DecoderForward(decoder, splice)
+    splice = Splicing(host, modality, depth=len(layers))
+    decoder.forward = DecoderForward(decoder, splice, depth=len(layers))
     for index, layer in enumerate(layers):
-        layer.forward = _LayerForward(layer, modality, as_tensor="aux_checkpointing" in repair)
+        layer.forward = LayerForward(layer, modality, as_tensor="aux_checkpointing" in repair)
         if index not in sparse and "batch_of_three" in repair:
-            layer.mlp.register_forward_hook(_never_three_rows)
-    setattr(host, _SPLICE, splice)
+            layer.mlp.register_forward_hook(never_three_rows)
+    setattr(host, SPLICE, splice)
     host.token_modality = modality
     host.config.moe_spec = spec.to_dict()
     _log.info(
@@ -179,12 +182,12 @@ def _class_of(folder: str | os.PathLike) -> Any:
 def _find_host(model: nn.Module) -> Any:
     """The module that splices images in: wrappers pass reads of attributes on, not writes."""
     for module in model.modules():
-        if hasattr(type(module), _SPLICE):
+        if hasattr(type(module), SPLICE):
             if hasattr(module, "token_modality"):
                 raise ValueError("the model is converted already; convert a freshly loaded one")
             return module
     raise ValueError(
-        f"{type(model).__name__} is no MoE-LLaVA model (it has no {_SPLICE}); for a Hugging Face "
+        f"{type(model).__name__} is no MoE-LLaVA model (it has no {SPLICE}); for a Hugging Face "
         "LLaVA use gmoe_ltdr.vlm.transformers.upcycle_llava"
     )
 
@@ -228,144 +231,3 @@ def _spec_of_layer(spec: MoESpec, mlp: Any, weight: float) -> MoESpec:
         )
     wg: Any = mlp.deepspeed_moe.gate.wg
     return replace(spec, num_experts=wg.out_features, balance_weight=float(weight))
-
-
-class _Splicing:
-    """The host's splicing, from whose labels we read what each spliced token is.
-
-    Image features get the label -100. So every -100 among the labels that go in is marked
-    beforehand; what comes out as a plain -100 is an image feature, whatever padding side,
-    truncation and number of images have made of the rows.
-    """
-
-    def __init__(self, host: Any, modality: TokenModality):
-        self._splice = getattr(host, _SPLICE)
-        self.modality = modality
-        self._tokens: TokenContext | None = None
-
-    def take(self) -> TokenContext | None:
-        """The tokens that were spliced last, once."""
-        tokens, self._tokens = self._tokens, None
-        return tokens
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        past_key_values: Any,
-        labels: Tensor | None,
-        images: Any,
-        *more: Any,
-    ) -> tuple:
-        """As the host's, which returns ids, positions, mask, cache, embeddings, labels."""
-        rest = (past_key_values, labels, images, *more)
-        if images is None or input_ids.shape[1] == 1:  # nothing is spliced in
-            self._tokens = TokenContext(_without_images(input_ids, attention_mask))
-            return self._splice(input_ids, position_ids, attention_mask, *rest)
-        marked = torch.full_like(input_ids, _PROMPT)
-        if labels is not None:
-            marked = labels.masked_fill(labels == _IGNORE, _PROMPT)
-        mask = attention_mask
-        if mask is None:
-            mask = torch.ones_like(input_ids, dtype=torch.bool)
-        ids, positions, mask_out, cache, embeds, labels_out = self._splice(
-            input_ids, position_ids, mask, past_key_values, marked, images, *more
-        )
-        if embeds is None:  # a model without image tower
-            self._tokens = TokenContext(_without_images(input_ids, attention_mask))
-            return ids, positions, attention_mask, cache, None, labels
-        real_BS = mask_out.bool()
-        map_BS = torch.where(labels_out == _IGNORE, int(Modality.VISION), int(Modality.LANGUAGE))
-        map_BS = torch.where(real_BS, map_BS, int(Modality.PADDING)).to(torch.uint8)
-        prompt_BS = None if labels is None else (labels_out == _PROMPT) & real_BS
-        self._tokens = TokenContext(map_BS, instruction_BL=prompt_BS)
-        if labels is None:
-            labels_out = None
-        else:
-            labels_out = labels_out.masked_fill(labels_out == _PROMPT, _IGNORE)
-        return (
-            ids,
-            positions,
-            None if attention_mask is None else mask_out,
-            cache,
-            embeds,
-            labels_out,
-        )
-
-
-def _without_images(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """All language but padding; a single new token is language whatever the mask of the past."""
-    map_BS = torch.full_like(input_ids, int(Modality.LANGUAGE), dtype=torch.uint8)
-    if attention_mask is None or attention_mask.shape != input_ids.shape or map_BS.shape[1] == 1:
-        return map_BS
-    return map_BS.masked_fill(attention_mask == 0, int(Modality.PADDING))
-
-
-class _DecoderForward:
-    """The decoder's forward, inside which layers know what was spliced."""
-
-    def __init__(self, decoder: Any, splice: _Splicing):
-        self._forward = decoder.forward
-        self._splice = splice
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tokens, modality = self._splice.take(), self._splice.modality
-        if tokens is None:
-            given = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
-            several = given is None or given.shape[1] > 1
-            if several and modality.current is None:
-                raise ValueError(
-                    "nothing says which of these tokens are images, since they did not come "
-                    f"through {_SPLICE}; run this inside `with "
-                    "model.token_modality.using(modality_map)`"
-                )
-            return self._forward(*args, **kwargs)
-        with modality.using(tokens):
-            return self._forward(*args, **kwargs)
-
-
-class _LayerForward:
-    """A decoder layer's forward that can be recomputed by any kind of checkpointing.
-
-    The host checkpoints layers without a way to tell them anything. But the input that a layer is
-    recomputed with is the storage it was computed with, which lives until then.
-    """
-
-    def __init__(self, layer: Any, modality: TokenModality, *, as_tensor: bool):
-        self._forward = layer.forward
-        self._modality = modality
-        self._as_tensor = as_tensor
-        self._seen: list[tuple[weakref.ref[Tensor], TokenContext]] = []
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._tokens_of(hidden_states):
-            outputs = self._forward(hidden_states, *args, **kwargs)
-        losses = outputs[-1] if isinstance(outputs, tuple) else None
-        if not self._as_tensor or not isinstance(losses, list):
-            return outputs
-        losses = [loss for loss in losses if loss is not None]
-        # the model extends its list by this, and a tensor yields its scalars as well
-        return (*outputs[:-1], torch.stack(losses) if losses else losses)
-
-    def _tokens_of(self, hidden: Tensor) -> AbstractContextManager[None]:
-        if not is_recomputed():
-            tokens = self._modality.current
-            self._seen = [pair for pair in self._seen if pair[0]() is not None]
-            # reentrant checkpointing computes without gradients at first
-            kept = torch.is_grad_enabled() or hidden.requires_grad
-            if tokens is not None and kept:
-                self._seen.append((weakref.ref(hidden), tokens))
-            return nullcontext()
-        for reference, tokens in reversed(self._seen):
-            tensor = reference()
-            if tensor is not None and tensor.data_ptr() == hidden.data_ptr():
-                return self._modality.using(tokens)
-        return nullcontext()
-
-
-def _never_three_rows(_mlp: nn.Module, _inputs: Any, output: Any) -> Any:
-    """The host tells sparse from dense by whether the output has length three."""
-    if isinstance(output, Tensor) and len(output) == 3:
-        return output, None, None
-    return output

@@ -197,16 +197,16 @@ class DeepSpeedGate(nn.Module):
     Args:
         layer: DeepSpeed's MOELayer, which knows its ranks.
         spec: How to route.
-        token_modality: What the tokens are.
+        context_of: What the tokens are.
     """
 
-    def __init__(self, layer: Any, spec: MoESpec, *, token_modality: TokenModality):
+    def __init__(self, layer: Any, spec: MoESpec, *, context_of: TokenModality):
         super().__init__()
         self.spec = spec
         self.wg = layer.gate.wg
         self.k = spec.top_k
         self.wall_clock_breakdown = False
-        self.token_modality = token_modality
+        self.context_of = context_of
         self.router = router_of_host(self, spec)
         self._layer = [layer]  # in a list, or it would be a part of its own part
         names = list(inspect.signature(type(layer.gate).forward).parameters)
@@ -227,7 +227,7 @@ class DeepSpeedGate(nn.Module):
         wanted = {**dict(zip(self._flag_names, flags, strict=False)), **named_flags}
         if wanted.get("use_tutel"):
             raise NotImplementedError("Tutel's dispatcher inside DeepSpeed; use use_tutel=False")
-        context = self.token_modality.current
+        context = self.context_of.current
         if context is None or context.modality_BL.numel() != len(input):
             known = None if context is None else tuple(context.modality_BL.shape)
             raise RuntimeError(f"{len(input)} tokens to route, but announced are {known}")

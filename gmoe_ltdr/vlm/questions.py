@@ -4,12 +4,14 @@ Enough to train a vision-language model from scratch on a CPU in minutes and to 
 at its picture. A scene has one to four objects in a grid of two by two, no two of the same colour
 or shape. There are four kinds of questions:
 
-    what color is the circle ?         red
-    what shape is the red thing ?      circle
-    how many things ?                  three
-    is there a red circle ?            no
+    what color is the top left thing ?      red
+    what shape is the bottom left thing ?   circle
+    how many things ?                       three
+    is there a red thing ?                  no
 
-(where the answer is no, a red thing is there, and a circle if there is more than one thing.)
+To learn from there are descriptions, too, as LLaVAs are first trained on captions: the answer goes
+from cell to cell with colour and shape, or "no thing". From one-word answers alone, so small a
+model learns far more slowly.
 
 Shapes: N questions, S tokens of one.
 """
@@ -30,14 +32,17 @@ COLORS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = ("one", "two", "three", "four")
+PLACES = (("top", "left"), ("top", "right"), ("bottom", "left"), ("bottom", "right"))
 KINDS = ("color", "shape", "number", "yes or no")
+DESCRIPTION = len(KINDS)  # in place of an index into them
 WORDS = (
     "<pad>", "<bos>", "<eos>", "<image>", "what", "color", "shape", "is", "the", "thing", "things",
-    "how", "many", "there", "a", "?", "yes", "no", *COLORS, *SHAPES, *NUMBERS,
+    "how", "many", "there", "a", "top", "bottom", "left", "right", "?", "yes", "no",
+    *COLORS, *SHAPES, *NUMBERS,
 )  # fmt: skip
 IDS = {word: number for number, word in enumerate(WORDS)}
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
-_LENGTH = 1 + NUM_IMAGE_TOKENS + 7 + 2  # <bos>, image, the longest question, answer, <eos>
+_LENGTH = 1 + NUM_IMAGE_TOKENS + 4 + 9  # <bos>, image, the longest question with its answer, <eos>
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Questions:
         attention_mask: (N, S).
         labels: (N, S), the answer and the end; -100 elsewhere.
         pixel_values: (N, 3, 32, 32), between -1 and 1.
-        answer_place: (N,), where the answer stands in `input_ids`.
-        kind: (N,), index into `KINDS`.
+        answer_place: (N,), where the answer begins in `input_ids`.
+        kind: (N,), index into `KINDS`, or `DESCRIPTION`.
     """
 
     input_ids: Tensor
@@ -72,8 +77,14 @@ class Questions:
         return {name: getattr(self, name) for name in names}
 
 
-def make_questions(number: int, seed: int) -> Questions:
-    """Questions drawn at random; another seed gives others."""
+def make_questions(number: int, seed: int, *, descriptions: float = 0.0) -> Questions:
+    """Questions drawn at random; another seed gives others.
+
+    Args:
+        number: Rows.
+        seed: Of everything.
+        descriptions: Share of rows that ask for a description.
+    """
     draw = np.random.default_rng(seed)
     ids = np.full((number, _LENGTH), PAD)
     labels = np.full((number, _LENGTH), -100)
@@ -83,12 +94,18 @@ def make_questions(number: int, seed: int) -> Questions:
         num_objects = int(draw.integers(1, 5))
         colors = [list(COLORS)[i] for i in draw.permutation(len(COLORS))[:num_objects]]
         shapes = [SHAPES[i] for i in draw.permutation(len(SHAPES))[:num_objects]]
-        pixels[row] = _picture(colors, shapes, draw)
-        kinds[row] = draw.integers(len(KINDS))
-        words, answer = _ask(KINDS[kinds[row]], colors, shapes, draw)
+        cells = draw.permutation(len(PLACES))[:num_objects]
+        pixels[row] = _picture(colors, shapes, cells, draw)
+        if draw.random() < descriptions:
+            kinds[row] = DESCRIPTION
+            words, answer = ["what", "is", "there", "?"], _describe(colors, shapes, cells)
+        else:
+            kinds[row] = draw.integers(len(KINDS))
+            words, word = _ask(KINDS[kinds[row]], colors, shapes, cells, draw)
+            answer = [word]
         sentence = [BOS, *[IMAGE] * NUM_IMAGE_TOKENS, *(IDS[word] for word in words)]
         places[row] = len(sentence)
-        sentence += [IDS[answer], EOS]
+        sentence += [*(IDS[word] for word in answer), EOS]
         ids[row, : len(sentence)] = sentence
         labels[row, places[row] : len(sentence)] = sentence[places[row] :]
     input_ids = torch.from_numpy(ids)
@@ -103,28 +120,32 @@ def make_questions(number: int, seed: int) -> Questions:
 
 
 def _ask(
-    kind: str, colors: list[str], shapes: list[str], draw: np.random.Generator
+    kind: str, colors: list[str], shapes: list[str], cells: np.ndarray, draw: np.random.Generator
 ) -> tuple[list[str], str]:
-    chosen = int(draw.integers(len(colors)))
-    color, shape = colors[chosen], shapes[chosen]
-    if kind == "color":
-        return ["what", "color", "is", "the", shape, "?"], color
-    if kind == "shape":
-        return ["what", "shape", "is", "the", color, "thing", "?"], shape
     if kind == "number":
         return ["how", "many", "things", "?"], NUMBERS[len(colors) - 1]
-    there = bool(draw.integers(2))
-    if not there:
-        # the colour with another object's shape, so that both have to be seen together
-        others = [s for s in (shapes if len(shapes) > 1 else SHAPES) if s != shape]
-        shape = others[int(draw.integers(len(others)))]
-    return ["is", "there", "a", color, shape, "?"], "yes" if there else "no"
+    if kind == "yes or no":
+        there = bool(draw.integers(2))
+        candidates = colors if there else [color for color in COLORS if color not in colors]
+        color = candidates[int(draw.integers(len(candidates)))]
+        return ["is", "there", "a", color, "thing", "?"], "yes" if there else "no"
+    chosen = int(draw.integers(len(colors)))
+    answer = colors[chosen] if kind == "color" else shapes[chosen]
+    return ["what", kind, "is", "the", *PLACES[int(cells[chosen])], "thing", "?"], answer
 
 
-def _picture(colors: list[str], shapes: list[str], draw: np.random.Generator) -> np.ndarray:
+def _describe(colors: list[str], shapes: list[str], cells: np.ndarray) -> list[str]:
+    told = [["no", "thing"] for _ in PLACES]
+    for color, shape, cell in zip(colors, shapes, cells, strict=True):
+        told[int(cell)] = [color, shape]
+    return [word for pair in told for word in pair]
+
+
+def _picture(
+    colors: list[str], shapes: list[str], cells: np.ndarray, draw: np.random.Generator
+) -> np.ndarray:
     """(3, 32, 32), between -1 and 1: objects of 8 to 10 pixels on a dark, noisy ground."""
     picture = draw.normal(40, 12, (SIDE, SIDE, 3))
-    cells = draw.permutation(4)[: len(colors)]
     for color, shape, cell in zip(colors, shapes, cells, strict=True):
         size = int(draw.integers(8, 11))
         top, left = (

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from gmoe_ltdr.collect import collect_routing, moe_layers
-from gmoe_ltdr.decoding import reuse_decisions, sequence_decisions
+from gmoe_ltdr.decoding import reuse_decisions, sequence_decisions, sequence_routers
 from gmoe_ltdr.experts import StackedExperts
 from gmoe_ltdr.losses import balance_loss
-from gmoe_ltdr.routers.image_level import ImageLevelRouter
 from gmoe_ltdr.routing import Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
+from gmoe_ltdr.vlm.cached_decisions import decisions_in, with_decisions
 from gmoe_ltdr.vlm.decoder import make_sparse_
 from gmoe_ltdr.vlm.modality import TokenModality, modality_map
 
@@ -48,10 +48,7 @@ except ImportError as error:
     ) from error
 
 
-_DECIDED = "moe_decisions"  # attribute of a cache: what `sequence_decisions` gave of its prompt
-
 LANGUAGE = Modality.LANGUAGE
-_DECISIONS = "moe_decisions"  # of routers for whole sequences, kept where their keys and values are
 
 
 class LTDRLlavaConfig(LlavaConfig):
@@ -113,8 +110,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     @property
     def _decides_per_sequence(self) -> bool:
         """Whether the prompt chooses the experts of every token, as with INSTRUCT."""
-        layers = moe_layers(self).values()
-        return any(isinstance(layer.router, ImageLevelRouter) for layer in layers)
+        return bool(sequence_routers(self.decoder))
 
     @property
     def decoder(self) -> nn.Module:
@@ -150,8 +146,10 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             # what is to be answered chooses, and not the answer
             prompt_BS = (tokens == int(Modality.LANGUAGE)) & (labels == -100)
             context = replace(context, instruction_BL=prompt_BS)
-        decided = getattr(cache, _DECIDED, None) if _cached_length(kwargs) else None
-        is_prompt = decided is None and self._decides_per_sequence
+        depth = len(self.decoder.layers)  # type: ignore[arg-type]
+        names = list(sequence_routers(self))
+        decided = decisions_in(cache, names, depth=depth) if _cached_length(kwargs) else None
+        is_prompt = decided is None and bool(names)
         watched: AbstractContextManager[dict[str, Routing]] = nullcontext({})
         if labels is not None or is_prompt:
             watched = collect_routing(self)
@@ -164,7 +162,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         values = dict(output)
         if is_prompt and _cache(values) is not None:
             # nothing lives as long as the prompt is known but the cache, so that keeps it
-            setattr(_cache(values), _DECIDED, sequence_decisions(self, routings))
+            with_decisions(_cache(values), sequence_decisions(self, routings), depth=depth)
         if labels is not None:
             spec, device = self.config.spec, values["loss"].device
             # layer by layer, since layers may be on different devices

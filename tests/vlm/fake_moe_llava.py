@@ -139,11 +139,24 @@ def layer_forward(layer):
     return forward
 
 
+def as_cache(past):
+    """The host's ((keys, values) of each layer) as transformers' object, and back."""
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(past or ()):
+        cache.update(keys, values, index)
+    return cache
+
+
 def decoder_forward(decoder):
-    def forward(input_ids=None, attention_mask=None, inputs_embeds=None, cache=None):
+    def forward(
+        input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+        use_cache=False,
+    ):  # fmt: skip
         hidden = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = hidden.shape
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        assert past_key_values is None or len(past_key_values) == len(decoder.layers)
+        cache = as_cache(past_key_values) if use_cache else None
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, dtype=torch.bool)
         real = attention_mask.bool()
@@ -160,7 +173,13 @@ def decoder_forward(decoder):
                 outputs = layer(hidden, mask, rotary, cache)
             hidden = outputs[0]
             all_losses.extend(outputs[-1])
-        return decoder.norm(hidden), all_losses
+        return SimpleNamespace(
+            last_hidden_state=decoder.norm(hidden),
+            past_key_values=tuple((one.keys, one.values) for one in cache.layers)
+            if use_cache
+            else None,
+            moe_losses=all_losses,
+        )
 
     return forward
 
@@ -214,6 +233,12 @@ class FakeMoELlava(nn.Module):
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images
     ):
         if images is None or input_ids.shape[1] == 1:
+            if past_key_values is not None and images is not None:
+                # the mask of the prompt grows to the cache's length, read off its last entry
+                length = past_key_values[-1][-1].shape[-2] + 1
+                attention_mask = F.pad(
+                    attention_mask, (0, length - attention_mask.shape[1]), value=1
+                )
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         features = self.model.image_tower(torch.stack(list(images)))
         features = list(self.model.mm_projector.image_spatial_proj(features))
@@ -259,50 +284,54 @@ class FakeMoELlava(nn.Module):
         )
 
     def forward(
-        self, input_ids=None, attention_mask=None, labels=None, images=None, cache=None,
-        inputs_embeds=None,
+        self, input_ids=None, attention_mask=None, labels=None, images=None,
+        past_key_values=None, inputs_embeds=None, use_cache=False,
     ):  # fmt: skip
         if inputs_embeds is None:
-            input_ids, _, attention_mask, _, inputs_embeds, labels = (
+            input_ids, _, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, None, attention_mask, None, labels, images
+                    input_ids, None, attention_mask, past_key_values, labels, images
                 )
             )
-        hidden, moe_losses = self.model(
+        outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
-            cache=cache,
+            past_key_values=past_key_values, use_cache=use_cache,
         )  # fmt: skip
-        logits = self.lm_head(hidden)
-        moe_losses = [loss for loss in moe_losses if loss is not None]
+        logits = self.lm_head(outputs.last_hidden_state)
+        moe_losses = [loss for loss in outputs.moe_losses if loss is not None]
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss = loss + self.router_aux_loss_coef * sum(moe_losses)
-        return SimpleNamespace(logits=logits, loss=loss, moe_losses=moe_losses)
+        return SimpleNamespace(
+            logits=logits, loss=loss, moe_losses=moe_losses,
+            past_key_values=outputs.past_key_values,
+        )  # fmt: skip
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, images, steps, use_cache=True):
         """Greedy. Prompts are padded on the left."""
-        new = []
-        cache = DynamicCache() if use_cache else None
-        ids, mask, prompt = input_ids, attention_mask, images
+        ids, mask, past, new = input_ids, attention_mask, None, []
         for _ in range(steps):
-            if use_cache and new:
-                past = cache.get_seq_length()
-                padding = self.padding
-                ones = torch.ones(len(ids), past + 1 - padding.shape[1])
-                logits = self(new[-1], torch.cat([padding, ones], 1), cache=cache).logits
+            out = self(ids, mask, images=images, past_key_values=past, use_cache=use_cache)
+            new.append(out.logits[:, -1:].argmax(-1))
+            if use_cache:
+                past, ids = out.past_key_values, new[-1]
+                # after the prompt, what the splicing made of the mask
+                mask = self.mask_of(input_ids, attention_mask, images)
             else:
-                logits = self(ids, mask, images=prompt, cache=cache).logits
-                if use_cache:
-                    self.padding = self.real_of(ids, mask, images)
-            new.append(logits[:, -1:].argmax(-1))
-            if not use_cache:
                 ids = torch.cat([ids, new[-1]], 1)
                 mask = F.pad(mask, (0, 1), value=1)
         return torch.cat(new, 1)
 
-    def real_of(self, ids, mask, images):
+    @staticmethod
+    def reorder(past_key_values, rows):
+        """What a beam search does with the cache."""
+        return tuple(
+            tuple(state.index_select(0, rows) for state in layer) for layer in past_key_values
+        )
+
+    def mask_of(self, ids, mask, images):
         splice = type(self).prepare_inputs_labels_for_multimodal
         return splice(self, ids, None, mask, None, None, images)[2]
 

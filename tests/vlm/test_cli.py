@@ -12,7 +12,15 @@ from gmoe_ltdr import MoESpec
 from gmoe_ltdr.vlm import demo
 from gmoe_ltdr.vlm.checkpoint_files import tensor_sizes
 from gmoe_ltdr.vlm.cli import layer_indices, main
-from gmoe_ltdr.vlm.questions import IDS, KINDS, NUMBERS, WORDS, make_questions
+from gmoe_ltdr.vlm.questions import (
+    DESCRIPTION,
+    IDS,
+    KINDS,
+    NUMBERS,
+    PLACES,
+    WORDS,
+    make_questions,
+)
 from gmoe_ltdr.vlm.report import routing_lines, table_lines
 from gmoe_ltdr.vlm.transformers import LTDRLlavaForConditionalGeneration
 from tests.vlm.goldens import write_checkpoint, write_tower
@@ -93,8 +101,17 @@ def colors_in(picture):
     }
 
 
+def color_at(picture, top, left):
+    """The colour of the thing in one cell, read off its pixels; None if it is empty."""
+    rows = slice(0, 16) if top == "top" else slice(16, 32)
+    columns = slice(0, 16) if left == "left" else slice(16, 32)
+    found = colors_in(picture[:, rows, columns])
+    assert len(found) < 2
+    return found.pop() if found else None
+
+
 def test_answers_are_in_the_picture():
-    """Colours and numbers, by looking at the pixels."""
+    """Colours, numbers and places, by looking at the pixels."""
     questions = make_questions(200, 3)
     again = make_questions(200, 3)
     assert torch.equal(questions.input_ids, again.input_ids)
@@ -106,20 +123,36 @@ def test_answers_are_in_the_picture():
         labelled = questions.labels[row] != -100
         assert labelled.nonzero().flatten().tolist() == [place, place + 1]
         words = [WORDS[i] for i in questions.input_ids[row, :place].tolist()]
-        colors = colors_in(questions.pixel_values[row])
+        picture = questions.pixel_values[row]
+        colors = colors_in(picture)
         if kind == "color":
-            assert answer in colors
+            assert answer == color_at(picture, *words[-4:-2])
         if kind == "number":
             assert NUMBERS.index(answer) == len(colors) - 1
         if kind == "yes or no":
-            assert words[words.index("a") + 1] in colors
-            assert answer in ("yes", "no")
+            assert (words[words.index("a") + 1] in colors) == (answer == "yes")
         if kind == "shape":
-            assert words[words.index("the") + 1] in colors
+            assert color_at(picture, *words[-4:-2]) is not None
             assert answer in ("circle", "square", "triangle", "cross")
         seen.add((kind, answer))
     assert len(seen) == 5 + 4 + 4 + 2
     assert int((questions.input_ids[0] == IDS["<image>"]).sum()) == 16
+
+
+def test_descriptions_go_cell_by_cell():
+    questions = make_questions(40, 5, descriptions=0.5)
+    described = questions.kind == DESCRIPTION
+    assert 8 < int(described.sum()) < 32
+    for row in described.nonzero().flatten().tolist():
+        place = int(questions.answer_place[row])
+        assert (questions.labels[row] != -100).nonzero().flatten().tolist() == list(
+            range(place, place + 9)
+        )
+        told = [WORDS[i] for i in questions.labels[row, place : place + 8].tolist()]
+        for cell, where in enumerate(PLACES):
+            found = color_at(questions.pixel_values[row], *where)
+            assert told[2 * cell] == (found or "no")
+            assert (told[2 * cell + 1] == "thing") == (found is None)
 
 
 def test_the_demo_from_start_to_end(tmp_path, capsys, monkeypatch):
@@ -155,7 +188,8 @@ def test_lines_of_text():
 
 @pytest.mark.slow
 def test_a_small_model_learns_and_its_sparse_variants_keep_up():
-    start, results = demo.run_demo(steps=1200, seeds=(0,), num_test=2000)
-    assert start > 0.8
+    start, results = demo.run_demo(steps=900, seeds=(0,), num_test=2000)
+    assert start > 0.7
+    assert results["dense"].mean > 0.9
     for result in results.values():
         assert result.mean > results["dense"].mean - 0.03

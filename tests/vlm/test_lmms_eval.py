@@ -1,5 +1,12 @@
-"""The model class for lmms-eval, driven as lmms-eval does, without it."""
+"""The model class for lmms-eval, driven as lmms-eval does, without it; and in lmms-eval itself:
 
+pip install lmms-eval==0.7.3 datasets      # in an environment that has this package
+LMMS_EVAL_PYTHON=/path/to/its/python python -m pytest -m slow tests/vlm/test_lmms_eval.py
+"""
+
+import json
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -115,3 +122,94 @@ def test_without_lmms_eval(monkeypatch):
     monkeypatch.delitem(sys.modules, "gmoe_ltdr.vlm.lmms_eval_model", raising=False)
     with pytest.raises(ImportError, match="pip install lmms-eval"):
         __import__("gmoe_ltdr.vlm.lmms_eval_model")
+
+
+LMMS_EVAL = os.environ.get("LMMS_EVAL_PYTHON", "")
+TASK = """\
+dataset_path: {folder}/data
+dataset_kwargs:
+  load_from_disk: True
+task: tiny
+test_split: test
+output_type: generate_until
+doc_to_visual: !function tiny.visual
+doc_to_text: !function tiny.text
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 1
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  - version: 0.0
+"""
+TASK_FUNCTIONS = """\
+def visual(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def text(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"]
+"""
+# the data sets' format is that library's, so its interpreter writes them
+WRITE_DATA = """\
+import json, sys
+from datasets import Dataset, DatasetDict, Image
+folder = sys.argv[1]
+rows = json.load(open(f"{folder}/rows.json"))
+data = Dataset.from_list(rows).cast_column("image", Image())
+DatasetDict({"test": data}).save_to_disk(f"{folder}/data")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not LMMS_EVAL, reason="LMMS_EVAL_PYTHON names no interpreter with lmms-eval and this package"
+)
+def test_lmms_eval_itself(folder, tmp_path):
+    """Offline, on a task of its own; half of the answers are the model's."""
+    from transformers import AutoProcessor
+
+    from gmoe_ltdr.vlm.transformers import LTDRLlavaForConditionalGeneration
+
+    model = LTDRLlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    rows = []
+    for number in range(6):
+        picture = Image.new("RGB", (20, 20), (40 * number, 50, 90))
+        path = tmp_path / f"{number}.png"
+        picture.save(path)
+        question = f"w05 w{number + 10}"
+        inputs = processor(images=[picture], text=f"<image> {question}", return_tensors="pt")
+        with torch.no_grad():
+            answer = processor.tokenizer.decode(model(**inputs).logits[0, -1].argmax())
+        right = number % 2 == 0
+        rows.append({
+            "image": str(path),
+            "question": question,
+            "answer": answer if right else f"no {answer}",
+        })  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(folder=tmp_path))
+    (tmp_path / "tasks" / "tiny.py").write_text(TASK_FUNCTIONS)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [LMMS_EVAL, *arguments], env=environment, cwd=tmp_path, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stderr[-4000:]
+
+    run("-c", WRITE_DATA, str(tmp_path))
+    said = run(
+        "-m", "lmms_eval", "--model", "ltdr_llava", "--model_args",
+        f"pretrained={folder},device=cpu", "--tasks", "tiny", "--include_path",
+        str(tmp_path / "tasks"), "--batch_size", "1", "--output_path", str(tmp_path / "results"),
+    )  # fmt: skip
+    results = next((tmp_path / "results").rglob("*_results.json"), None)
+    assert results is not None, said  # its exit status is 0 all the same
+    assert json.loads(results.read_text())["results"]["tiny"]["exact_match,none"] == 0.5

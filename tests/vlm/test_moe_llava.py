@@ -283,6 +283,39 @@ class TestGeneration:
         cached = model.generate(ids, mask, images, 6)
         assert torch.equal(cached, model.generate(ids, mask, images, 6, use_cache=False))
 
+    @pytest.mark.parametrize("backend", ["native", "deepspeed"])
+    def test_a_prompt_decides_for_what_follows_it(self, backend):
+        """INSTRUCT: the words of the prompt choose, and the cache carries their choice along."""
+        spec = vlm_preset("baseline", router="instruct")
+        model = convert_moe_llava(host({"tokenizer_padding_side": "left"}), spec, backend)
+        ids, mask, _, images = batch_of(2)
+        mask[1, :2], ids[1, 1], ids[1, 2], ids[1, 3] = 0, 0, 5, -200
+
+        def decided(routings):
+            return [r.logits_TE.view(*r.shape_BL, -1)[:, -1] for r in routings.values()]
+
+        with torch.no_grad():
+            with collect_routing(model) as routings:
+                step = model(ids, mask, images=images, use_cache=True)
+            prompt = decided(routings)
+            assert not torch.equal(prompt[0][0], prompt[0][1])
+            mask = model.mask_of(ids, mask, images)
+            swapped = torch.tensor([1, 0])
+            for rows in (torch.tensor([0, 1]), swapped, torch.tensor([0, 1])):
+                past = model.reorder(step.past_key_values, rows)
+                prompt = [logits[rows] for logits in prompt]
+                mask = mask[rows]
+                with collect_routing(model) as routings:
+                    step = model(
+                        torch.tensor([[3], [4]]), mask, images=images, past_key_values=past,
+                        use_cache=True,
+                    )  # fmt: skip
+                for found, expected in zip(decided(routings), prompt, strict=True):
+                    assert torch.equal(found, expected)
+            past = step.past_key_values[:4]  # as one that another model has filled
+            with pytest.raises(ValueError, match="does not say what its prompt decided"):
+                model(torch.tensor([[3], [4]]), mask, images=images, past_key_values=past)
+
     def test_a_decoding_step_is_language(self):
         model = convert_moe_llava(golden_host(), LTDR)
         with torch.no_grad(), collect_routing(model) as routings:

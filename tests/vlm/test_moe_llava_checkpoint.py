@@ -14,6 +14,7 @@ from gmoe_ltdr.tail import TailRule
 from gmoe_ltdr.vlm.moe_llava_checkpoint import from_moe_llava
 from gmoe_ltdr.vlm.moe_llava_config import feature_strategy, num_features, vision_config_of
 from gmoe_ltdr.vlm.transformers import LTDRLlavaForConditionalGeneration
+from tests.vlm import moe_llava_references
 from tests.vlm.goldens import golden, write_checkpoint, write_tower
 from tests.vlm.llavas import FAMILIES, IMAGE, dense_llava, questions
 from tests.vlm.llavas import VOCABULARY as VOCABULARY_OF_FAMILIES
@@ -143,6 +144,27 @@ def test_every_family_has_the_right_names_and_numbers(family, tmp_path):
         logits = model(**batch).logits[..., :VOCABULARY_OF_FAMILIES]
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(logits[real], expected[real], atol=ATOL, rtol=0)
+
+
+@pytest.mark.moe_llava
+@pytest.mark.skipif(
+    bool(moe_llava_references.why_not()), reason=moe_llava_references.why_not() or "it is there"
+)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("family", ["stablelm", "phi", "qwen1_5"])
+def test_the_logits_of_moe_llava_at_its_pins(family, k, tmp_path):
+    """Every family, as the golden file has it for one."""
+    expected = moe_llava_references.references()[family, k, False]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(expected["config"]))
+    torch.save(expected["state"], source / "pytorch_model.bin")
+    out = from_moe_llava(source, tmp_path / "out", vision_tower=write_tower(tmp_path / "clip"))
+    model = LTDRLlavaForConditionalGeneration.from_pretrained(out).eval()
+    with torch.no_grad():
+        logits = model(**golden_inputs(VOCABULARY)).logits[..., :VOCABULARY]
+    real = golden().real
+    torch.testing.assert_close(logits[real], expected["logits"][real], atol=ATOL, rtol=0)
 
 
 def test_the_preset_is_written_down(tmp_path):
