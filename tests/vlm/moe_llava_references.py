@@ -2,7 +2,8 @@
 tests with today's torch: tiny random models, their inputs and outputs.
 
 MOE_LLAVA_PYTHON names the interpreter of such an environment (tests/vlm/test_moe_llava_pins.py says
-how to make one); it runs this file once per test session.
+how to make one); it runs this file once per test session, with MOE_LLAVA_PYTHONPATH on its path if
+that is set.
 """
 
 from __future__ import annotations

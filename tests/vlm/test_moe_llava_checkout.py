@@ -2,11 +2,13 @@
 
     pip install --target old_transformers --no-deps transformers==4.37.0 tokenizers==0.15.1 \\
         huggingface_hub==0.23.5 einops==0.6.1 sentencepiece tiktoken
-    export PYTHONPATH=old_transformers MOE_LLAVA_DIR=/path/to/MoE-LLaVA
-    pytest tests/vlm/test_moe_llava_checkout.py
+    export PYTHONPATH=old_transformers:. MOE_LLAVA_DIR=/path/to/MoE-LLaVA
+    python -m pytest -n 0 tests/vlm/test_moe_llava_checkout.py
 
 DeepSpeed is not needed, nor MoE-LLaVA's own torch. transformers 4.37 takes the place of today's in
-this process, so run this file alone.
+this process, so run this file alone. With peft 0.4.0 and accelerate 0.21.0 in that folder, LoRA and
+the host's trainer are tried, too; with MOE_LLAVA_PYTHON, numbers against MoE-LLaVA at its pins
+(tests/vlm/moe_llava_references.py).
 """
 
 import itertools
@@ -193,6 +195,7 @@ def test_adapters():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_hosts_trainer(checkpointing, tmp_path):
+    pytest.importorskip("accelerate")
     from moellava.train.llava_trainer import LLaVATrainer
     from moellava.train.train import TrainingArguments
 

@@ -360,6 +360,19 @@ def test_half_precision_keeps_routing_in_float32(tmp_path):
     assert (output.loss - reference.loss).abs() < 5e-2
 
 
+def test_half_precision_moves_few_tokens_over_the_threshold():
+    single, half = sparse_llava(), sparse_llava().to(torch.bfloat16)
+    flips = []
+    for seed in range(12):
+        batch = questions(seed=seed)
+        in_half = {**batch, "pixel_values": batch["pixel_values"].bfloat16()}
+        pairs = zip(routings_of(single, batch), routings_of(half, in_half), strict=True)
+        for one, other in pairs:
+            vision = one.of(Modality.VISION)
+            flips.append((one.tail_mask_T != other.tail_mask_T)[vision].float().mean())
+    assert torch.stack(flips).mean() <= 0.05
+
+
 def test_back_ends_agree():
     model, batch = sparse_llava(), questions()
     with torch.no_grad():
