@@ -111,9 +111,10 @@ class DecoderForward:
         self._decoder = decoder
         self._splice = splice
         self._depth = depth
+        self._names = list(sequence_routers(decoder))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = list(sequence_routers(self._decoder))
+        names = self._names
         if not names or self._decoder.training:
             return self._of_tokens(args, kwargs)
         cache = kwargs.get("past_key_values")
