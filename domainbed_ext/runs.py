@@ -22,6 +22,7 @@ from domainbed_ext.display import CACHING, ReportProgress, RunState
 from domainbed_ext.distributed import Ranks, current_ranks, first_rank_first
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import TrainArgs
+from domainbed_ext.launchers.devices import num_cores
 from domainbed_ext.provenance import provenance
 from domainbed_ext.seeds import seed_hash
 
@@ -131,10 +132,17 @@ def prepare_run(
         num_steps=num_steps,
         checkpoint_freq=args.checkpoint_freq or dataset_class.CHECKPOINT_FREQ,
         device=device,
-        num_workers=dataset_class.N_WORKERS if args.num_workers is None else args.num_workers,
+        num_workers=args.num_workers
+        if args.num_workers is not None
+        else useful_workers(dataset_class.N_WORKERS, num_loaders=num_domains),
         provenance=origin,
         ranks=ranks,
     )
+
+
+def useful_workers(most: int, *, num_loaders: int) -> int:
+    """Decoding processes per loader: as many as all loaders together have cores for, or one."""
+    return min(most, max(1, num_cores() // num_loaders))
 
 
 def _distribute(algorithm: Any, args: TrainArgs, hparams: Mapping[str, Any], ranks: Ranks) -> None:

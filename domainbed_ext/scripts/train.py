@@ -152,9 +152,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "shared: it is that of trial 0 in all trials (default: drawn)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
-    parser.add_argument("--steps", type=int, help="number of steps (default: the data set's)")
     parser.add_argument(
-        "--checkpoint_freq", type=int, help="evaluate every N steps (default: the data set's)"
+        "--steps", type=int, help="number of steps (default: 2, or 1 where cores are few)"
+    )
+    parser.add_argument(
+        "--checkpoint_freq",
+        type=int,
+        help="evaluate every N steps (default: 2, or 1 where cores are few)",
     )
     parser.add_argument(
         "--test_envs",
@@ -186,7 +190,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_workers",
         type=int,
-        help="processes per loader that decode image files (default: the data set's)",
+        help="processes per loader that decode image files (default: 2, or 1 where cores are few)",
     )
     parser.add_argument(
         "--checkpoint_minutes",

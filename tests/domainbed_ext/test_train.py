@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from domainbed_ext import algorithms, training
+from domainbed_ext import algorithms, runs, training
 from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.errors import UsageError
 from domainbed_ext.jobs import DivergedError, Job, JobState, TrainArgs, job_lock
@@ -654,3 +654,14 @@ def wait_for(condition, seconds=60):
 
 def _python_path():
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_loaders", "expected"), [(2, 3, 1), (6, 3, 2), (64, 3, 2), (1, 5, 1)]
+)
+def test_loaders_start_no_more_processes_than_there_are_cores(
+    monkeypatch, cores, num_loaders, expected
+):
+    monkeypatch.setattr(runs, "num_cores", lambda: cores)
+    assert runs.useful_workers(2, num_loaders=num_loaders) == expected
+    assert runs.useful_workers(0, num_loaders=num_loaders) == 0  # of data in memory
