@@ -58,7 +58,7 @@ class Workload:
     cases: tuple[str, ...] = (COLD, WARM, NEEDED)
 
 
-_LIGHT = {"backbone": "vit_dim48_patch56_224", "pretrained": False, "batch_size": 32}
+_LIGHT = {"backbone": "vit_dim48_pooled_224", "pretrained": False, "batch_size": 32}
 _VIT_TI = {"backbone": "vit_tiny_patch16_224", "pretrained": False, "batch_size": 32}
 
 # With the default number of files, 34 steps between evaluations train on 2.9 images for each that
