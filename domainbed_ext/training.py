@@ -40,6 +40,7 @@ from domainbed_ext.distributed import (
 )
 from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate
+from domainbed_ext.first_look import counted_images
 from domainbed_ext.jobs import (
     CHECKPOINT_FILE,
     NEEDED_SPLITS,
@@ -85,7 +86,7 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
         start, since_record, records = _resume(run)
         _print_header(run)
         if start == 0:
-            run.algorithm.prepare(_plain_train_images(run))
+            run.algorithm.prepare(counted_images(_plain_train_images(run), progress))
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with tracked(run, records) as track:
