@@ -29,7 +29,8 @@ from domainbed_ext.log_files import LogFile
 
 PLAIN_SECONDS = 10.0
 COLUMN_WIDTH = 12
-CACHING = "decoding"  # the phase before a run, in which steps are images
+# The phases before a run's first step, in which steps are images.
+CACHING, PREPARING = IMAGE_PHASES = ("decoding", "preparing")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class RunState:
     """How far a run is.
 
     Attributes:
-        step: Steps taken; in the phase `CACHING`, images decoded.
+        step: Steps taken; in one of `IMAGE_PHASES`, images done.
         num_steps: Of how many.
         loss: The last one.
-        phase: "training", "evaluating", "saving" or `CACHING`.
+        phase: "training", "evaluating", "saving" or one of `IMAGE_PHASES`.
     """
 
     step: int
@@ -120,7 +121,7 @@ def run_progress(label: str) -> Iterator[ReportProgress]:
 
         def report(state: RunState) -> None:
             nonlocal phase
-            if phase == CACHING != state.phase:
+            if phase in IMAGE_PHASES and state.phase != phase:
                 bars.reset(task)  # the speed of decoding says nothing about training
             phase = state.phase
             bars.update(task, completed=state.step, total=state.num_steps, detail=_detail(state))
@@ -133,14 +134,15 @@ class _PlainRun:
         self._stream = stream
         self._started: tuple[float, int] | None = None
         self._shown = time.monotonic()
-        self._unit = ""
+        self._counted = ""
 
     def __call__(self, state: RunState) -> None:
         now = time.monotonic()
-        unit = "image" if state.phase == CACHING else "step"
-        if self._started is None or unit != self._unit:
+        unit = "image" if state.phase in IMAGE_PHASES else "step"
+        counted = state.phase if unit == "image" else unit
+        if self._started is None or counted != self._counted:
             self._started = (now, state.step)
-            self._unit = unit
+            self._counted = counted
         if now - self._shown < PLAIN_SECONDS:
             return
         self._shown = now
@@ -199,7 +201,7 @@ class SweepProgress:
 
     def report(self, label: str, state: RunState) -> None:
         """A running job got somewhere."""
-        if state.phase != CACHING:
+        if state.phase not in IMAGE_PHASES:
             self._fractions[label] = state.step / max(state.num_steps, 1)
         if self._bars is not None:
             self._bars.update(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from domainbed_ext.atomic_files import write_atomically
-from domainbed_ext.display import CACHING, RunState
+from domainbed_ext.display import IMAGE_PHASES, RunState
 from domainbed_ext.jobs import PROGRESS_FILE
 
 WRITE_SECONDS = 10.0
@@ -66,7 +66,7 @@ class ProgressFile:
     def __call__(self, state: RunState) -> None:
         """Takes a run's state."""
         now = time.time()
-        if state.phase != CACHING and self._first_step is None:
+        if state.phase not in IMAGE_PHASES and self._first_step is None:
             self._first_step = (now, state.step)
         if state.phase == self._last.phase and now - self._last.updated < WRITE_SECONDS:
             return

@@ -4,7 +4,7 @@ below each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -48,13 +48,14 @@ def pivot_table(frame: pd.DataFrame, columns: str, title: str) -> TextTable:
 
 
 def emojidg_table(frame: pd.DataFrame, title: str) -> TextTable:
-    """A row per algorithm and domain; the columns are the metrics of `emojidg_frame`."""
+    """A row per algorithm and held-out domain; the columns are the metrics of `emojidg_frame`."""
+    frame, left_out = _held_out(frame)
     rows = []
     for (algorithm, environment), cells in frame.groupby(["algorithm", "environment"], sort=False):
         by_metric = cells.set_index("metric")
         texts = [_cell(by_metric.loc[metric]) for metric in EMOJIDG_METRICS]
         rows.append([str(algorithm), str(environment), *texts, _counts(by_metric["trials"])])
-    notes = _footnotes(frame, "environment")
+    notes = _footnotes(frame, "environment") + left_out
     notes.append("ceiling: the same model trained on the test style too; gap: ceiling minus unseen")
     header = ["Algorithm", "domain", *_EMOJIDG_COLUMNS, "trials"]
     return TextTable(title, header, rows, notes, labels=2)
@@ -97,7 +98,9 @@ def difference_tables(frame: pd.DataFrame, dataset: str, method: str) -> list[Te
     if apart["mean"].notna().any():
         title = f"{dataset}: seen and unseen, each {minus}"
         keys = ["algorithm", "environment"]
-        tables.append(_difference_table(apart, title, keys, list(_APART.values())))
+        apart, left_out = _held_out(apart)
+        table = _difference_table(apart, title, keys, list(_APART.values()))
+        tables.append(replace(table, footnotes=[*left_out, *table.footnotes]))
     return tables
 
 
@@ -142,6 +145,19 @@ def _difference_table(
     )
     header = ["Algorithm", "domain"][: len(keys)]
     return TextTable(title, [*header, *columns, "pairs"], rows, notes, labels=len(keys))
+
+
+def _held_out(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of domains that some run holds out, and a note about the others: of those there is
+    the ceiling at most, and no mean over all domains.
+    """
+    tested = frame[(frame["metric"] == "seen") & frame["mean"].notna()]["environment"].unique()
+    every = frame["environment"].unique()
+    others = [name for name in every if name not in tested and name != AVERAGE]
+    if not others or not len(tested):
+        return frame, []
+    note = f"left out, since no run holds them out: {', '.join(others)}"
+    return frame[frame["environment"].isin([name for name in tested if name != AVERAGE])], [note]
 
 
 def _published(row: pd.Series) -> str:

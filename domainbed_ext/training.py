@@ -23,6 +23,7 @@ from domainbed_ext.display import ReportProgress, RunState, format_row
 from domainbed_ext.distributed import mean_over_ranks, on_any_rank, wait_for_ranks
 from domainbed_ext.divergence import check_finite, check_parameters
 from domainbed_ext.evaluation import evaluate
+from domainbed_ext.first_look import counted_images
 from domainbed_ext.jobs import CHECKPOINT_FILE, mark_done, tidy_up
 from domainbed_ext.loaders import EvalBatches
 from domainbed_ext.provenance import environment_lines
@@ -55,7 +56,7 @@ def execute(run: Run, *, progress: ReportProgress | None = None) -> list[Record]
         start, since_record, records = resume(run)
         _print_header(run)
         if start == 0:
-            run.algorithm.prepare(plain_train_images(run))
+            run.algorithm.prepare(counted_images(plain_train_images(run), progress))
         if run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with tracked(run, records) as track:

@@ -12,6 +12,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,6 +120,8 @@ def in_checkout(algorithm_class: Any) -> Any:
 
         def __init__(self, input_shape, num_classes, num_domains, hparams):
             checked = _checked_hparams(algorithm_class.__name__, hparams)
+            if algorithm_class.__name__ == "DISTILL":
+                _check_teacher(checked)
             super().__init__(input_shape, num_classes, num_domains, checked)
 
     InCheckout.__name__ = InCheckout.__qualname__ = algorithm_class.__name__
@@ -145,6 +148,14 @@ def _checked_hparams(algorithm: str, hparams: Mapping[str, Any]) -> dict[str, An
             "domainbed_ext.scripts.train`"
         )
     return {**hparams, **validate_hparams(own, algorithm, "PACS")}
+
+
+def _check_teacher(hparams: Mapping[str, Any]) -> None:
+    """Which domains a run tests on, DomainBed does not tell an algorithm, but its flags do."""
+    from domainbed_ext.algorithms.distill import check_teacher
+
+    if program() == "train":
+        check_teacher(hparams, asdict(train_flags()))
 
 
 def _add_hparams(module: Any) -> None:

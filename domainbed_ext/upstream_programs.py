@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 _PLACES = ("folder:", "manifest:")
@@ -18,10 +18,16 @@ class TrainFlags:
     """Flags of `domainbed.scripts.train` that neither algorithms nor data sets are told.
 
     Attributes:
+        dataset: What is trained on.
+        test_envs: The domains that are not.
+        trial_seed: Of the splits.
         steps: Length of the run; None for the data set's.
         holdout_fraction: Part of a domain that is held out.
     """
 
+    dataset: str = "RotatedMNIST"
+    test_envs: tuple[int, ...] = (0,)
+    trial_seed: int = 0
     steps: int | None = None
     holdout_fraction: float = 0.2
 
@@ -39,8 +45,10 @@ def train_flags() -> TrainFlags:
     """The flags of the run that this process is; the defaults in any other process."""
     if program() != "train":
         return TrainFlags()
-    found = _parse(("--steps", int, None), ("--holdout_fraction", float, 0.2))
-    return TrainFlags(found.steps, found.holdout_fraction)
+    kinds = {"dataset": str, "test_envs": int, "trial_seed": int, "steps": int}
+    kinds["holdout_fraction"] = float
+    found = _parse(*((f"--{f.name}", kinds[f.name], f.default) for f in fields(TrainFlags)))
+    return TrainFlags(**{**vars(found), "test_envs": tuple(found.test_envs)})
 
 
 def datasets_asked_for() -> list[str]:
@@ -57,7 +65,8 @@ def datasets_asked_for() -> list[str]:
 def _parse(*flags: tuple[str, type, object]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False)
     for name, kind, default in flags:
-        parser.add_argument(name, type=kind, default=default)
+        nargs = "+" if isinstance(default, tuple) else None
+        parser.add_argument(name, type=kind, default=default, nargs=nargs)
     return parser.parse_known_args(sys.argv[1:])[0]
 
 

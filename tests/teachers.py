@@ -23,7 +23,10 @@ def untrained_teacher() -> str:
     hparams = default_hparams("LTDR", "Debug28")
     teacher = get_algorithm_class("LTDR")(SHAPE, NUM_CLASSES, NUM_DOMAINS, hparams)
     info = {
-        "args": {"algorithm": "LTDR", "dataset": "Debug28", "test_envs": [0], "trial_seed": 0},
+        "args": {
+            **{"algorithm": "LTDR", "dataset": "Debug28", "test_envs": [0], "trial_seed": 0},
+            "holdout_fraction": 0.2,
+        },
         "model_input_shape": list(SHAPE),
         "model_num_classes": NUM_CLASSES,
         "model_num_domains": NUM_DOMAINS,

@@ -40,7 +40,7 @@ def route(router, context):
     return router(torch.randn(context.modality_BL.numel(), 2), context)
 
 
-def test_the_cluster_decides_for_all_tokens():
+def test_the_cluster_decides_for_all_tokens():  # TV-C2b, TV-C2c
     plan = route(router_of(), images([3.0, 1.0]))
     logits, probs = [0.4, 0, 0.2], [0.401760, 0.269307, 0.328933]
     weights = torch.tensor([0.549834, 0, 0.450166])
@@ -50,7 +50,7 @@ def test_the_cluster_decides_for_all_tokens():
     torch.testing.assert_close(plan.combine_weights_TE, weights.expand(3, 3), atol=1e-6, rtol=0)
 
 
-def test_a_low_temperature_and_the_universal_expert():
+def test_a_low_temperature_and_the_universal_expert():  # TV-C2b
     plan = route(router_of(temperature=0.05), images([4.0, 0.0]))
     probs = torch.tensor([0.981690, 0.000329, 0.017980])
     torch.testing.assert_close(plan.probs_TE[0], probs, atol=1e-6, rtol=0)
@@ -76,7 +76,7 @@ def test_images_of_one_cluster_are_treated_alike():
     assert not torch.equal(first, second)
 
 
-def test_the_gradient_reaches_the_rows_of_present_clusters_only():
+def test_the_gradient_reaches_the_rows_of_present_clusters_only():  # TV-C2c
     router = router_of()
     plan = route(router, images([0.0, 5.0], [1.0, 6.0]))
     (plan.combine_weights_TE @ torch.tensor([1.0, 2, 4])).sum().backward()

@@ -11,7 +11,7 @@ from gmoe_ltdr.clustering import Centroids, PointSample, fit_kmeans, nearest_cen
 CORNERS = torch.tensor([[0.0, 0], [4, 0], [0, 4]])
 
 
-def test_nearest_centroid_and_ties():
+def test_nearest_centroid_and_ties():  # TV-C2
     # squared distances 2; 2 from the second; 8, 8, 8; 4, 4
     points = torch.tensor([[1.0, 1], [3, 1], [2, 2], [2, 0]])
     assert nearest_centroid(points, CORNERS).tolist() == [0, 1, 0, 0]

@@ -16,7 +16,7 @@ SPEC = preset("gmoe_dar", router="distribution", num_experts=4, top_k=2, noise_s
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_combinations_are_in_lexicographic_order():
+def test_combinations_are_in_lexicographic_order():  # TV-C6c
     pairs = [mask.nonzero().flatten().tolist() for mask in expert_combinations(4, 2)]
     assert pairs == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
     many = expert_combinations(6, 2)
@@ -29,7 +29,7 @@ def test_combinations_are_in_lexicographic_order():
 @pytest.mark.parametrize(
     ("cluster", "experts", "weights"), [(4, [1, 3], [0.75, 0.25]), (0, [0, 1], [4 / 7, 3 / 7])]
 )
-def test_a_cluster_is_a_pair_of_experts(cluster, experts, weights):
+def test_a_cluster_is_a_pair_of_experts(cluster, experts, weights):  # TV-C6, TV-C6b
     plan = route_clusters(
         logits([B]),
         torch.tensor([cluster]),

@@ -28,7 +28,7 @@ def patches(*rows):
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def test_the_mean_patch_decides():
+def test_the_mean_patch_decides():  # TV-C3
     plan = worked_router()(patches([1, 0], [0, 1]), TokenContext.all_vision(1, 2))
     assert plan.logits_TE.tolist() == [[1, 0, 2]] * 2
     probs = torch.tensor([0.244728, 0.090031, 0.665241])
@@ -39,7 +39,7 @@ def test_the_mean_patch_decides():
     torch.testing.assert_close(plan.combine_weights_TE, expected.expand(2, 3), atol=1e-6, rtol=0)
 
 
-def test_the_class_token_has_no_say_unless_asked():
+def test_the_class_token_has_no_say_unless_asked():  # TV-C3
     tokens, context = patches([9, 9], [1, 0], [0, 1]), TokenContext.all_vision(1, 3)
     with_cls = TokenContext.all_vision(1, 3, num_prefix_tokens=1)
     assert worked_router()(tokens, with_cls).logits_TE[0].tolist() == [1, 0, 2]
@@ -48,7 +48,7 @@ def test_the_class_token_has_no_say_unless_asked():
     assert torch.equal(included, worked_router()(tokens, context).logits_TE[0])
 
 
-def test_the_order_of_patches_does_not_matter():
+def test_the_order_of_patches_does_not_matter():  # TV-C3b
     router = create_router(8, SPEC)
     tokens = torch.randn(2, 6, 8)
     context = TokenContext.all_vision(2, 6)
@@ -59,7 +59,7 @@ def test_the_order_of_patches_does_not_matter():
     torch.testing.assert_close(again.combine_weights_TE, plan.combine_weights_TE)
 
 
-def test_without_any_token_all_experts_are_alike():
+def test_without_any_token_all_experts_are_alike():  # TV-C3c
     context = TokenContext(torch.tensor([[V, V]]), instruction_BL=torch.zeros(1, 2).bool())
     plan = worked_router()(patches([1, 0], [0, 1]), context)
     torch.testing.assert_close(plan.probs_TE, torch.full((2, 3), 1 / 3))

@@ -23,7 +23,7 @@ def images(length, tasks=None, batch=None):
     return TokenContext(torch.full((batch, length), V, dtype=torch.uint8), domain_B=domains)
 
 
-def test_the_task_is_a_label_of_every_token():
+def test_the_task_is_a_label_of_every_token():  # TV-C1
     logits = torch.tensor([[2.0, 0, 0], [0, 1, 0]])
     real = torch.ones(2, 1).bool()
     # log(e^2 + 2) - 2 = .239545, log(e + 2) - 0 = 1.551445
@@ -37,7 +37,7 @@ def test_the_task_is_a_label_of_every_token():
     assert supervised_task_loss(logits, torch.tensor([0, 2]), ~real).item() == 0
 
 
-def test_images_of_one_task_attract_each_other():
+def test_images_of_one_task_attract_each_other():  # TV-C1b
     features = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]])
     loss = contrastive_task_loss(features, torch.tensor([0, 0, 1]))
     # ordered pairs (0, 1) and (1, 0): .437488, .798139
@@ -126,7 +126,7 @@ def test_hard_sends_an_image_to_the_expert_of_its_task():
     assert not list(router.parameters())
 
 
-def test_hard_of_an_unseen_domain_mixes_the_trained_experts():
+def test_hard_of_an_unseen_domain_mixes_the_trained_experts():  # TV-C1c
     plan = router_of("hard", num_tasks=3).eval()(torch.randn(2, 4), images(2, batch=1))
     expected = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0])
     torch.testing.assert_close(plan.combine_weights_TE, expected.expand(2, 4))

@@ -238,9 +238,10 @@ def test_unfinished_jobs_are_counted(tmp_path, capsys):
     assert "note: 1 of 11 jobs are unfinished" in printed.err
 
 
-def test_emojidg_gets_its_own_table(tmp_path, capsys):
+def emojidg_records(runs, algorithm="LTDR"):
+    """One record for each (test_envs, accuracy on unseen concepts)."""
     records = []
-    for test_envs, unseen in [([0], 0.40), ([1], 0.30), ([], 0.55)]:
+    for test_envs, unseen in runs:
         extra = {f"env{env}_unseen_acc": unseen for env in range(2)}
         extra |= {f"env{env}_unseen_class_acc": unseen - 0.02 for env in range(2)}
         extra["provenance"] = {"environments": ["twemoji", "openmoji"]}
@@ -248,13 +249,17 @@ def test_emojidg_gets_its_own_table(tmp_path, capsys):
             make_record(
                 test_envs,
                 dataset="EmojiDG",
-                algorithm="LTDR",
+                algorithm=algorithm,
                 in_acc=[0.6, 0.65],
                 out_acc=[0.5, 0.5],
                 **extra,
             )
         )
-    write_sweep(tmp_path, records)
+    return records
+
+
+def test_emojidg_gets_its_own_table(tmp_path, capsys):
+    write_sweep(tmp_path, emojidg_records([([0], 0.40), ([1], 0.30), ([], 0.55)]))
     arguments = ["--input_dir", tmp_path, "--format", "markdown", "--selection", "training-domain"]
     printed = _run(collect_results.main, *arguments, capsys=capsys).out
     assert "EmojiDG: accuracy on unseen concepts in %" in printed
@@ -262,6 +267,22 @@ def test_emojidg_gets_its_own_table(tmp_path, capsys):
     assert "| LTDR | twemoji | 60.0 | 40.0 | 38.0 | 55.0 | 15.0 | 1 |" in printed
     assert "| LTDR | openmoji | 65.0 | 30.0 | 28.0 | 55.0 | 25.0 | 1 |" in printed
     assert "| LTDR | Avg | 62.5 | 35.0 | 33.0 | 55.0 | 20.0 | 1 |" in printed
+
+
+def test_emojidg_shows_the_domains_that_are_held_out(tmp_path, capsys):
+    runs = [([1], 0.30), ([], 0.55)]
+    records = emojidg_records(runs) + emojidg_records([([1], 0.25), ([], 0.45)], "GMOE")
+    write_sweep(tmp_path, records)
+    arguments = ["--input_dir", tmp_path, "--format", "markdown", "--selection", "training-domain"]
+    arguments += ["--baseline", "LTDR"]
+    printed = _run(collect_results.main, *arguments, capsys=capsys).out
+    assert "| LTDR | X | 30.0 | X | 1 |" in printed
+    assert "| LTDR | openmoji | 65.0 | 30.0 | 28.0 | 55.0 | 25.0 | 1 |" in printed
+    assert "| GMOE | openmoji | +0.0 | -5.0 | -10.0 | -5.0 | 1 |" in printed
+    assert "| twemoji |" not in printed.replace("| Algorithm | twemoji |", "")
+    assert printed.count("- left out, since no run holds them out: twemoji\n") == 2
+    printed = _run(collect_results.main, *arguments[:2], "--format", "csv", capsys=capsys).out
+    assert "LTDR,twemoji,ceiling,55.0" in printed
 
 
 def test_mixed_records_are_refused_unless_allowed(tmp_path, capsys):

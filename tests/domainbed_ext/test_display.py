@@ -57,6 +57,31 @@ def test_plain_lines_are_few(monkeypatch, capsys):
     assert capsys.readouterr().err == "step 100 of 300, loss 0.5000, 40 s left\n"
 
 
+def test_images_before_the_first_step_are_counted_by_themselves(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 20.0, 30.0, 60.0, 61.0, 81.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    with run_progress("CLUSTER") as report:
+        for step in (0, 100):
+            report(RunState(step, 400, phase="decoding"))
+        for step in (0, 100):
+            report(RunState(step, 200, phase="preparing"))
+        for step in (1, 11):
+            report(RunState(step, 21, loss=0.5))
+    assert capsys.readouterr().err.splitlines() == [
+        "image 100 of 400, decoding, 60 s left",  # 100 took 20 seconds
+        "image 0 of 200, preparing",
+        "image 100 of 200, preparing, 30 s left",  # 100 took 30 seconds
+        "step 11 of 21, loss 0.5000, 20 s left",  # 10 took 20 seconds
+    ]
+    monkeypatch.undo()
+    stream = io.StringIO()
+    with SweepProgress(2, stream=stream) as progress:
+        progress.started("a")
+        progress.report("a", RunState(100, 200, phase="preparing"))
+        progress.put_back("a", "out of memory")
+    assert stream.getvalue() == "[0 of 2 jobs] out of memory: a\n"  # no step, no time left
+
+
 def test_sweep_lines_without_a_terminal():
     stream = io.StringIO()
     with SweepProgress(2, stream=stream) as progress:

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from domainbed_ext import progress_file
-from domainbed_ext.display import CACHING, RunState
+from domainbed_ext.display import CACHING, PREPARING, RunState
 from domainbed_ext.progress_file import ProgressFile, read_progress
 
 
@@ -32,6 +32,12 @@ def test_it_tells_who_works_and_how_far(tmp_path, clock):
     clock.now = 1005
     report(RunState(40, 80, phase=CACHING))  # images, which say nothing about steps
     assert (read_progress(tmp_path).step, read_progress(tmp_path).seconds_left) == (40, None)
+    clock.now = 1007
+    report(RunState(60, 80, phase=PREPARING))
+    assert (read_progress(tmp_path).phase, read_progress(tmp_path).seconds_left) == (
+        "preparing",
+        None,
+    )
     clock.now = 1010
     report(RunState(11, 31, 0.5))  # a resumed run: the first step that this process takes
     assert (read_progress(tmp_path).phase, read_progress(tmp_path).seconds_left) == (

@@ -220,6 +220,23 @@ def test_an_algorithm_may_look_at_the_training_images_once(tmp_path, monkeypatch
     assert torch.equal(second, plain)
 
 
+def test_the_look_at_the_training_images_shows_how_far_it_is(tmp_path, monkeypatch):
+    def prepare(self, environments):
+        for batches in environments:  # two domains of 13 images, in batches of 5
+            assert [len(y) for _, y in batches] == [5, 5, 3]
+        assert sum(len(y) for _, y in environments[1]) == 13  # again, if wanted
+
+    monkeypatch.setattr(algorithms.ERM_ViT, "prepare", prepare)
+    states = []
+    args = _args(tmp_path, test_envs=(1,), hparams={"eval_batch_size": 5})
+    train(args, progress=states.append)
+    looks = [state for state in states if state.phase == "preparing"]
+    second = [13, 18, 23, 26]
+    assert [state.step for state in looks] == [0, 5, 10, 13, *second, *second]
+    assert {state.num_steps for state in looks} == {26}
+    assert states[: len(looks)] == looks
+
+
 def test_a_record_without_its_checkpoint_is_made_again(tmp_path, monkeypatch):
     expected = run(tmp_path / "whole")
     real, calls = training.save_checkpoint, []

@@ -20,6 +20,7 @@ from domainbed_ext import upstream_additions
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import VIT_ALGORITHMS, default_hparams, hparam_pairs, random_hparams
 from domainbed_ext.upstream_additions import lacking_names
+from tests.teachers import untrained_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,6 +181,43 @@ def test_impossible_hparams_are_refused(enter, change, said):
     del hparams["backbone"]
     with pytest.raises(UsageError, match="LTDR needs the hparams backbone"):
         algorithms.LTDR((3, 28, 28), 2, 2, hparams)
+
+
+@pytest.mark.parametrize("name", ["CLUSTER", "DISTRIBUTION"])
+def test_what_looks_at_the_images_first_stops_at_the_first_step(enter, name):
+    load = enter()
+    hparams = load("hparams_registry").default_hparams(name, "Debug28")
+    algorithm = load("algorithms").get_algorithm_class(name)((3, 28, 28), 2, 2, hparams)
+    batch = (torch.randn(4, 3, 28, 28), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(UsageError, match=f"{name} looks at all training images") as caught:
+        algorithm.update([batch, batch], None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--test_envs", "0"], None),
+        (["--test_envs", "0", "1"], "was trained on domain 1, which this run is to be tested on"),
+        (["--trial_seed", "1"], "has trial_seed 0, not 1"),
+        (["--holdout_fraction", "0.5"], r"has holdout_fraction 0\.2, not 0\.5"),
+    ],
+)
+def test_a_teacher_that_has_seen_the_test_domain_is_refused(enter, run_as, flags, said):
+    run_as("train", "--dataset", "Debug28", *flags)
+    load = enter()
+    hparams = load("hparams_registry").default_hparams("DISTILL", "Debug28")
+    hparams["distill_teacher"] = untrained_teacher()
+
+    def create():
+        return load("algorithms").DISTILL((3, 28, 28), 2, 2, hparams)
+
+    if said is None:
+        batch = (torch.randn(4, 3, 28, 28), torch.tensor([0, 1, 0, 1]))
+        assert create().update([batch, batch], None)["distillation_loss"] > 0
+    else:
+        with pytest.raises(UsageError, match=said):
+            create()
 
 
 def test_small_digits_have_a_network(enter):

@@ -166,6 +166,15 @@ def test_digits_train_with_its_algorithms_and_ours(python, tmp_path):
     assert theirs == random_hparams("ERM", "RotatedDigits", seed)
 
 
+def test_what_looks_at_the_images_first_stops_at_the_first_step(python, tmp_path):
+    flags = ["--algorithm", "CLUSTER", "--output_dir", str(tmp_path), "--data_dir", "/none"]
+    python("-m", "domainbed.scripts.train", *DEBUG_RUN, *flags, status=1)
+    last = (tmp_path / "err.txt").read_text().splitlines()[-1]
+    assert "CLUSTER looks at all training images before its first step" in last
+    assert "use python -m domainbed_ext.scripts.train" in last
+    assert not (tmp_path / "results.jsonl").exists()
+
+
 def test_from_another_project_by_its_path(python, clone, tmp_path):
     code = "import domainbed.algorithms as a; print(a.get_algorithm_class('LTDR').__name__)"
     assert python("-c", code, cwd=tmp_path, path=[clone]).stdout == "LTDR\n"
