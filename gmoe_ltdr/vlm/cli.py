@@ -236,9 +236,9 @@ def _demo(args: argparse.Namespace) -> None:
     ]  # fmt: skip
     print("\n".join(table_lines(["right answers", *seeds, "mean", "spread"], rows)))
     print(
-        f"\nBefore these steps the dense model had {start:.3f} right. One figure has a standard "
-        "error of about\nhalf a point to a point, so these variants are not told apart here. What "
-        "differs is their routing:"
+        f"\nBefore these steps the dense model had {start:.3f} right. The seeds of one variant "
+        "differ by as much as\nthe variants do, so these are not told apart here. What differs is "
+        "their routing:"
     )
     for name, result in results.items():
         if result.stats is not None:

@@ -3,7 +3,7 @@
 One dense model learns to see, from questions and as many descriptions; from it every variant goes
 on in the same way, several seeds each. What this shows: that everything trains, and what routers do
 with words and with image tokens. What it does not show: that one variant is better. The accuracies
-of so small models differ by less than their standard error.
+of one variant's seeds differ by as much as those of variants.
 
 Shapes: N questions, S tokens, V words.
 """
