@@ -158,6 +158,20 @@ def test_the_student_comes_to_agree_with_its_teacher(teacher):
     assert distance() < before / 3
 
 
+@pytest.mark.slow
+def test_the_student_learns_the_digits(tmp_path):
+    """200 steps, on the digits turned by 45 degrees, an angle that neither has seen. Measured with
+    seed 0 and one thread: the teacher .867, the student .850, the same ViT without a teacher .846.
+    """
+    args = {"algorithm": "LTDR", "dataset": "RotatedDigits", "test_envs": (3,), "device": "cpu"}
+    steps = {"steps": 200, "checkpoint_freq": 199}
+    train(TrainArgs(output_dir=str(tmp_path / "teacher"), **args, **steps))
+    assert run(tmp_path / "teacher", tmp_path / "student", "--device", "cpu") == 0
+    (_, last) = read_records(tmp_path / "student" / "results.jsonl")
+    assert last["args"]["test_envs"] == [3]
+    assert last["env3_in_acc"] > 0.850 - 0.08
+
+
 def test_the_teacher_judges_each_image_by_itself(teacher):
     """It was trained to be evaluated with the batch's threshold."""
     loaded = load_teacher(student_of(teacher).hparams, SHAPE, 2)
