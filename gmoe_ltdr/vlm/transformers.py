@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,15 +150,15 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         names = list(sequence_routers(self))
         decided = decisions_in(cache, names, depth=depth) if _cached_length(kwargs) else None
         is_prompt = decided is None and bool(names)
-        watched: AbstractContextManager[dict[str, Routing]] = nullcontext({})
-        if labels is not None or is_prompt:
-            watched = collect_routing(self)
-        with (
-            self.token_modality.using(context),
-            reuse_decisions(self, decided or {}),
-            watched as routings,
-        ):
-            output = super().forward(*call, return_dict=True, **kwargs)
+        watches = labels is not None or is_prompt
+        routings: dict[str, Routing] = {}
+        with self.token_modality.using(context):
+            if not watches and not decided:  # the plain way, which torch.compile can follow
+                output = super().forward(*call, return_dict=True, **kwargs)
+            else:
+                watched = collect_routing(self) if watches else nullcontext(routings)
+                with reuse_decisions(self, decided or {}), watched as routings:
+                    output = super().forward(*call, return_dict=True, **kwargs)
         values = dict(output)
         if is_prompt and _cache(values) is not None:
             # nothing lives as long as the prompt is known but the cache, so that keeps it
