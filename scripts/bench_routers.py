@@ -4,6 +4,9 @@ Every algorithm takes real training steps (`update`, with its losses, its optimi
 between steps) on the same random images, all interleaved in each round. `time` is a step over that
 of GMOE in the same round, `parameters` and `extra` are what is trained, in all and beyond the dense
 ViT, and `experts` the mean number of routed experts per token and sparse layer.
+
+GROUPS tells register tokens from patches, so on EmojiDG it gets the default ViT's twin that has
+one. DISTILL learns from an LTDR model that no step was taken with, whose predictions are in its time.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +35,10 @@ from benchmarking import (
 
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.hparams import VIT_ALGORITHMS, default_hparams
+from domainbed_ext.saved_models import save_algorithm
 
 NUM_DOMAINS = 3
+WITH_REGISTER_TOKEN = {"vit_dim128_stem16_64": "vit_dim128_stem16_reg1_64"}
 COLUMNS = ["algorithm", "experts", "parameters", "extra", "ms_step", "time"]
 
 
@@ -88,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [name for name in VIT_ALGORITHMS if name != "DISTILL"]  # which needs a trained teacher
+    names = list(VIT_ALGORITHMS)
     parser.add_argument("--algorithms", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument(
         "--dataset", default="EmojiDG", help="whose default hyper-parameters (default: EmojiDG)"
@@ -135,15 +141,39 @@ def random_batch(args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Ten
 
 def create(name: str, batch: list[tuple[torch.Tensor, torch.Tensor]], args) -> Any:
     """The algorithm with its defaults, ready for its first step."""
-    hparams = {**default_hparams(name, args.dataset), "batch_size": args.batch_size}
-    if hparams["schedule_steps"] == 0:
-        hparams["schedule_steps"] = 1000
-    torch.manual_seed(0)
+    hparams = {**defaults(name, args), "batch_size": args.batch_size}
+    if name == "GROUPS":
+        hparams["backbone"] = WITH_REGISTER_TOKEN.get(hparams["backbone"], hparams["backbone"])
     shape = tuple(batch[0][0].shape[1:])
-    algorithm = get_algorithm_class(name)(shape, args.num_classes, NUM_DOMAINS, hparams)
-    algorithm.to(args.device).train()
-    algorithm.prepare([[domain] for domain in batch])
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "DISTILL":
+            hparams["distill_teacher"] = save_untrained("LTDR", Path(folder), shape, args)
+        torch.manual_seed(0)
+        algorithm = get_algorithm_class(name)(shape, args.num_classes, NUM_DOMAINS, hparams)
+        algorithm.to(args.device).train()
+        algorithm.prepare([[domain] for domain in batch])
     return algorithm
+
+
+def defaults(name: str, args) -> dict[str, Any]:
+    """Its hyper-parameters, for a run whose length does not matter."""
+    hparams = default_hparams(name, args.dataset)
+    return {**hparams, "schedule_steps": hparams["schedule_steps"] or 1000}
+
+
+def save_untrained(name: str, folder: Path, shape: tuple[int, ...], args) -> str:
+    """The folder of a model with its defaults, as a run leaves it."""
+    hparams = defaults(name, args)
+    algorithm = get_algorithm_class(name)(shape, args.num_classes, NUM_DOMAINS, hparams)
+    info = {
+        "args": {"algorithm": name, "dataset": args.dataset},
+        "model_input_shape": list(shape),
+        "model_num_classes": args.num_classes,
+        "model_num_domains": NUM_DOMAINS,
+        "model_hparams": hparams,
+    }
+    save_algorithm(folder, algorithm, info)
+    return str(folder)
 
 
 def trained_parameters(algorithm: torch.nn.Module) -> int:

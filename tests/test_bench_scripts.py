@@ -139,7 +139,7 @@ def test_routers_are_compared_with_gmoe(bench_dispatch, tmp_path, capsys):
 
     path = tmp_path / "rows.csv"
     small = ["--dataset", "Debug28", "--image_size", "28", "--batch_size", "2", "--rounds", "1"]
-    names = ["ERM_ViT", "TASK"]
+    names = ["ERM_ViT", "TASK", "DISTILL"]
     assert bench_routers.main(["--algorithms", *names, *small, "--output", str(path)]) == 0
     with path.open(newline="") as file:
         rows = {row["algorithm"]: row for row in csv.DictReader(file)}
@@ -149,7 +149,7 @@ def test_routers_are_compared_with_gmoe(bench_dispatch, tmp_path, capsys):
     assert float(rows["TASK"]["experts"]) == 2
     # two sparse layers: five further experts of 64 x 256 each, and what routes to them
     dense = int(rows["ERM_ViT"]["parameters"])
-    assert int(rows["ERM_ViT"]["extra"]) == 0
+    assert int(rows["ERM_ViT"]["extra"]) == int(rows["DISTILL"]["extra"]) == 0
     experts = 2 * 5 * (2 * 64 * 256 + 64 + 256)
     gate = 2 * (64 * 256 + 256 + 256 * 6 + 1)
     assert int(rows["GMOE"]["parameters"]) == dense + experts + gate
