@@ -6,7 +6,8 @@ of GMOE in the same round, `parameters` and `extra` are what is trained, in all 
 ViT, and `experts` the mean number of routed experts per token and sparse layer.
 
 GROUPS tells register tokens from patches, so on EmojiDG it gets the default ViT's twin that has
-one. DISTILL learns from an LTDR model that no step was taken with, whose predictions are in its time.
+one. DISTILL learns from an LTDR model that no step was taken with; predicting with that is in its
+time.
 """
 
 from __future__ import annotations
