@@ -75,7 +75,7 @@ WORKLOADS = {
         _LIGHT,
     ),
     "photos-vit-ti": Workload(
-        "one evaluation and a few steps of ViT-Ti/16: on a CPU the network is nearly all of it",
+        "two evaluations and a few steps of ViT-Ti/16: on a CPU the network is most of it",
         "--algorithm LTDR --dataset PACS --steps 4 --checkpoint_freq 300",
         _VIT_TI,
         (WARM, NEEDED),
