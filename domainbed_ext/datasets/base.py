@@ -137,7 +137,7 @@ class FileEnvironment(Environment):
             ) from error
 
     def pixels(self, index: int) -> np.ndarray:
-        """A view of the cache where there is one."""
+        """Out of the cache where there is one."""
         cached = None if self.cache is None else self.cache.pixels(index)
         return super().pixels(index) if cached is None else cached
 

@@ -2,7 +2,7 @@
 
 DomainBed's recipe, with torchvision's random numbers in their order: a crop of 70 to 100 % of the
 area, a mirror image, colour jitter, now and then grey. What is done with them is our own, since a
-worker's time is what a GPU waits for: one resampling from the cropped view, a change of hue without
+worker's time is what a GPU waits for: one resampling of the cropped part, a change of hue without
 a journey through 8-bit HSV, and uint8 on the way to the device, a quarter of float's bytes.
 Shapes: N images, H and W pixels, colours last (HWC) as decoded, first (CHW) as models want them.
 """

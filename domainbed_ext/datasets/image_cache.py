@@ -54,15 +54,15 @@ class CachedImages:
         return None if pixels is None else Image.fromarray(pixels)
 
     def pixels(self, index: int) -> np.ndarray | None:
-        """The same as an array (H, W, 3), a view of the map."""
+        """The same as an array (H, W, 3) of its own."""
         start = int(self._offsets[index])
         if start == ABSENT:
             return None
         if self._pixels is None:
-            # writable, or torch would warn of each view; changed pages are copies of this process
-            self._pixels = np.memmap(self._file, np.uint8, mode="c")
+            # Read-only: a private map that may be written to could not exceed the machine's memory.
+            self._pixels = np.memmap(self._file, np.uint8, mode="r")
         height, width = map(int, self._sizes[index])
-        return self._pixels[start : start + height * width * 3].reshape(height, width, 3)
+        return np.array(self._pixels[start : start + height * width * 3].reshape(height, width, 3))
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the file itself; a pickled map would be a copy of all pixels.

@@ -131,6 +131,16 @@ def test_an_environment_with_a_cache_is_small_when_pickled(pictures, tmp_path):
     assert np.array_equal(np.asarray(copy.image(3)), np.asarray(environment.image(3)))
 
 
+def test_pixels_are_a_copy_of_a_map_that_is_only_read(pictures, tmp_path):
+    environment = Setting(pictures, tmp_path).dataset[0]
+    pixels = environment.pixels(2)
+    expected = np.asarray(plain(pictures)[0].image(2))
+    assert np.array_equal(pixels, expected)
+    pixels[:] = 0
+    assert np.array_equal(environment.pixels(2), expected)
+    assert environment.cache._pixels.mode == "r"
+
+
 @pytest.mark.parametrize("change", ["touched", "content", "renamed", "removed", "added"])
 def test_other_files_get_another_cache(pictures, tmp_path, change):
     Setting(pictures, tmp_path)
