@@ -56,11 +56,12 @@ class FileTransform:
 
     def normalize(self, pixels_NCHW: Tensor) -> Tensor:
         """float32 of the same shape and device."""
-        x_NCHW = pixels_NCHW.float()
-        mean = x_NCHW.new_tensor(_IMAGENET_MEAN)[:, None, None]
-        std = x_NCHW.new_tensor(_IMAGENET_STD)[:, None, None]
-        # in place: fresh memory is what a large batch costs most on a CPU
-        return x_NCHW.div_(255).sub_(mean).div_(std)
+        # In place: fresh memory is what a large batch costs most on a CPU. Numbers, not tensors
+        # made of them: copying those to a GPU would wait for the step before.
+        x_NCHW = pixels_NCHW.float().div_(255)
+        for x_NHW, mean, std in zip(x_NCHW.unbind(1), _IMAGENET_MEAN, _IMAGENET_STD, strict=True):
+            x_NHW.sub_(mean).div_(std)
+        return x_NCHW
 
     def _augment(self, pixels_CHW: Tensor) -> Tensor:
         # each random number is drawn when its turn is, as by a chain of torchvision's transforms
