@@ -73,25 +73,32 @@ def save_checkpoint(
     """Writes all that a run needs to go on after `step`, atomically. The checkpoint that was there
     becomes the previous one.
 
-    In a distributed run all ranks call this; rank 0 writes, in the same form.
+    In a distributed run all ranks call this; rank 0 writes, in the same form. None returns before
+    that is done: a rank that leaves after it takes no checkpoint with it.
+
+    Raises:
+        CannotWriteError: The disk is full, say.
+        OtherRankError: Rank 0 could not write; on the other ranks.
     """
-    tensors: dict[str, torch.Tensor] = {}
     state, rng_states = training_state(algorithm), gather(rng_state())
-    if not current_ranks().is_first:
-        return
-    content = {
-        "format": FORMAT,
-        "step": step,
-        "info": dict(info),
-        "since_record": dict(since_record or {}),
-        "training_state": _encode(state, tensors, {}),
-        "rng_state": _encode(rng_states[0], tensors, {}),
-        "other_rng_states": _encode(rng_states[1:], tensors, {}),
-    }
-    lines = np.frombuffer(bytearray(format_records(records).encode()), np.uint8)
-    tensors[_RECORDS] = torch.from_numpy(lines)
-    previous = path.with_name(PREVIOUS_CHECKPOINT_FILE)
-    write_tensors(path, tensors, json.dumps(content), keep=previous)
+
+    def write() -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "info": dict(info),
+            "since_record": dict(since_record or {}),
+            "training_state": _encode(state, tensors, {}),
+            "rng_state": _encode(rng_states[0], tensors, {}),
+            "other_rng_states": _encode(rng_states[1:], tensors, {}),
+        }
+        lines = np.frombuffer(bytearray(format_records(records).encode()), np.uint8)
+        tensors[_RECORDS] = torch.from_numpy(lines)
+        previous = path.with_name(PREVIOUS_CHECKPOINT_FILE)
+        write_tensors(path, tensors, json.dumps(content), keep=previous)
+
+    on_first_rank(write)
 
 
 def load_last_checkpoint(folder: Path) -> Checkpoint | None:

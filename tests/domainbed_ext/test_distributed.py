@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+import domainbed_ext.checkpoint as checkpoint_module
 from domainbed_ext.algorithms import ERM_ViT
-from domainbed_ext.checkpoint import load_checkpoint
+from domainbed_ext.atomic_files import CannotWriteError
+from domainbed_ext.checkpoint import load_checkpoint, save_checkpoint
 from domainbed_ext.distributed import (
     LostRankError,
     OtherRankError,
@@ -147,6 +149,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_records(tmp_path):
     assert read_failure(stopped)["message"] == "rank 1: Stop: of the test"
     assert [record["step"] for record in read_records(stopped / "results.jsonl")] == [0, 2]
     state = load_checkpoint(stopped / "checkpoint.safetensors")
+    assert state.step == 2  # though rank 1 went away right after it
     assert len(state.other_rng_states) == 1
     experts = state.training_state["algorithm"]["network.blocks.2.mlp.experts.fc1_weight"]
     assert len(experts) == 6  # all of them, though each rank had three
@@ -164,6 +167,27 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_records(tmp_path):
         assert [record["step"] for record in records] == [0, 2, 4]
         assert without_times(records)[:2] == expected[:2]
         assert np.isfinite(records[-1]["loss"])
+
+
+def save_slowly_then_in_vain(path: Path) -> None:
+    """Rank 1 returns from saving when rank 0 has written; and hears that it could not."""
+    write = checkpoint_module.write_tensors
+
+    def write_slowly(*args, **options):
+        time.sleep(0.3)
+        write(*args, **options)
+
+    checkpoint_module.write_tensors = write_slowly
+    save_checkpoint(path, step=3, algorithm=torch.nn.Linear(2, 2), info={})
+    assert load_checkpoint(path).step == 3
+
+    expected = CannotWriteError if current_ranks().is_first else OtherRankError
+    with pytest.raises(expected, match="cannot write"):
+        save_checkpoint(path / "below a file", step=4, algorithm=torch.nn.Linear(2, 2), info={})
+
+
+def test_no_rank_leaves_before_a_checkpoint_is_written(tmp_path):
+    run_ranks(save_slowly_then_in_vain, 2, tmp_path / "checkpoint.safetensors")
 
 
 def signalled_at_step_3(args: TrainArgs) -> int | None:
