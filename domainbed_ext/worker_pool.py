@@ -24,6 +24,8 @@ from domainbed_ext.stop_signals import EXIT_STOPPED, stop_requested
 from domainbed_ext.workers import Worker, WorkerDiedError
 
 _END_SECONDS = 10.0
+# A process's heap gets fragmented, by some MB a job; a new one costs seconds.
+JOBS_PER_WORKER = 50
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Pool:
             del self.busy[worker]
             self._ended(item, seat, message)
             # one that was asked to stop leaves, and one that ran out of memory had better
-            if message in (0, 3):
+            if message in (0, 3) and worker.num_jobs < JOBS_PER_WORKER:
                 self.idle.append(worker)
             else:
                 self._let_go(worker)

@@ -39,10 +39,12 @@ class Worker:
     Attributes:
         device: Its value of CUDA_VISIBLE_DEVICES; None for the parent's.
         connection: Readable when there is something to `receive`.
+        num_jobs: How many it was handed so far.
     """
 
     def __init__(self, *, threads: int, device: str | None) -> None:
         self.device = device
+        self.num_jobs = 0
         self._job: TrainArgs | None = None
         # spawn, not fork: CUDA and OpenMP do not survive a fork.
         context = multiprocessing.get_context("spawn")
@@ -56,6 +58,7 @@ class Worker:
     def start(self, job: TrainArgs) -> None:
         """Hands a job over."""
         self._job = job
+        self.num_jobs += 1
         with contextlib.suppress(OSError):  # it is dead; `receive` finds out and says so
             self.connection.send(job)
 

@@ -30,12 +30,14 @@ class FakeWorker:
     def __init__(self, *, threads, device):
         FakeWorker.made += 1
         self.device = device
+        self.num_jobs = 0
         self.connection, self._other = Pipe()
         self.job = None
         self.messages = []
 
     def start(self, job):
         self.job = job
+        self.num_jobs += 1
         here = self.running.setdefault(self.device, [])
         here.append(job)
         self.together.append((Path(job.output_dir).name, len(here)))
@@ -92,6 +94,14 @@ def test_all_jobs_are_run_by_few_workers(tmp_path, workers, capsys):
     assert workers.made == 2
     assert max(number for _, number in workers.together) == 2
     assert capsys.readouterr().err.count("] done: ") == 6
+
+
+def test_a_worker_is_replaced_before_its_heap_grows_large(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(worker_pool, "JOBS_PER_WORKER", 2)
+    run_jobs(jobs(tmp_path, [1] * 5), seats=Seats({None: 1}), threads=1)
+    assert [job_state(folder).value for folder in sorted(tmp_path.iterdir())] == ["Done"] * 5
+    assert workers.made == 3
+    assert max(number for _, number in workers.together) == 1
 
 
 def test_a_job_without_memory_comes_back_with_fewer_neighbours(tmp_path, workers, capsys):
