@@ -20,7 +20,7 @@ import torch
 
 from domainbed_ext.distributed import current_ranks, gather, on_first_rank
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE
+from domainbed_ext.job_files import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE
 from domainbed_ext.records import Record, format_records, parse_records
 from domainbed_ext.tensor_files import DamagedFileError, read_tensors, write_tensors
 from domainbed_ext.weight_averaging import ValleyAverage

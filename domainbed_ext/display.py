@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from domainbed_ext.jobs import ERR_FILE, OUT_FILE, make_folder
+from domainbed_ext.job_files import ERR_FILE, OUT_FILE, make_folder
 from domainbed_ext.log_files import LogFile
 
 PLAIN_SECONDS = 10.0

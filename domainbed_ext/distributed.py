@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from domainbed_ext.display import Tee
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import ERR_FILE, make_folder
+from domainbed_ext.job_files import ERR_FILE, make_folder
 from domainbed_ext.log_files import LogFile
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from domainbed_ext.distributed import first_message
-from domainbed_ext.jobs import DivergedError
+from domainbed_ext.errors import DivergedError
 
 
 def check_finite(values: Mapping[str, float], step: int, last_finite: Mapping[str, float]) -> None:

@@ -11,25 +11,28 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from domainbed_ext.jobs import (
-    ERR_FILE,
-    IN_USE,
-    TrainArgs,
-    make_folder,
-    mark_failed,
-    read_failure,
+from domainbed_ext.exit_status import (
+    EXIT_BUSY,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USAGE,
 )
+from domainbed_ext.job_files import ERR_FILE, make_folder, mark_failed, read_failure
+from domainbed_ext.jobs import IN_USE
 from domainbed_ext.progress_file import STOPPED, read_progress
-from domainbed_ext.stop_signals import EXIT_STOPPED, ask_to_stop, children_ignore_user_signals
+from domainbed_ext.stop_signals import ask_to_stop, children_ignore_user_signals
+from domainbed_ext.train_args import TrainArgs
 
 TORCHRUN_MODULE = "torch.distributed.run"
 # What the exit statuses of `train` mean.
 OUTCOMES = {
-    0: "done",
-    1: "failed",
-    2: "failed",
-    3: IN_USE,
-    130: "interrupted",
+    EXIT_OK: "done",
+    EXIT_FAILED: "failed",
+    EXIT_USAGE: "failed",
+    EXIT_BUSY: IN_USE,
+    EXIT_INTERRUPTED: "interrupted",
     EXIT_STOPPED: "stopped, to be gone on with",
 }
 _SAVE_SECONDS = 120  # that torchrun gives processes it has told to end; its default is 30

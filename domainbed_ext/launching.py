@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from domainbed_ext.jobs import FAILED_FILE, Job, JobBusyError, JobState, delete_job
+from domainbed_ext.job_files import FAILED_FILE
+from domainbed_ext.job_locks import JobBusyError
+from domainbed_ext.jobs import Job, JobState, delete_job
 from domainbed_ext.launchers import TRAIN_MODULE, Launcher
 from domainbed_ext.torchrun import distributed_command
 

@@ -11,17 +11,17 @@ from typing import Any
 
 from domainbed_ext.datasets import num_environments
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import (
+from domainbed_ext.jobs import Job
+from domainbed_ext.seeds import seed_hash
+from domainbed_ext.selection import SELECTION_METHODS, SelectionMethod, get_selection_method
+from domainbed_ext.train_args import (
     ALL_SPLITS,
     DRAWN,
     EVAL_SPLITS,
     HPARAMS_PER_TRIAL,
     NEEDED_SPLITS,
     SHARED,
-    Job,
 )
-from domainbed_ext.seeds import seed_hash
-from domainbed_ext.selection import SELECTION_METHODS, SelectionMethod, get_selection_method
 
 CEILING_DATASETS = ("EmojiDG", "EmojiDG6")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from domainbed_ext.atomic_files import write_atomically
 from domainbed_ext.display import IMAGE_PHASES, RunState
-from domainbed_ext.jobs import PROGRESS_FILE
+from domainbed_ext.job_files import PROGRESS_FILE
 
 WRITE_SECONDS = 10.0
 STARTING, STOPPED = "starting", "stopped"

@@ -12,7 +12,6 @@ from domainbed_ext.checkpoint import (
     load_training_state,
 )
 from domainbed_ext.distributed import on_first_rank
-from domainbed_ext.jobs import check_same_run, run_identity
 from domainbed_ext.records import (
     RECORDS_FILE,
     Record,
@@ -21,6 +20,7 @@ from domainbed_ext.records import (
     restore_records,
 )
 from domainbed_ext.runs import Run
+from domainbed_ext.train_args import check_same_run, run_identity
 
 SinceRecord = dict[str, list[float]]  # what each step since the last record has measured
 

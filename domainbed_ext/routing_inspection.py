@@ -21,9 +21,9 @@ from domainbed_ext.datasets.image_cache import use_image_cache
 from domainbed_ext.datasets.image_cache_flags import image_cache_options
 from domainbed_ext.errors import UsageError
 from domainbed_ext.foreground_masks import ForegroundMasks
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.loaders import EvalBatches
 from domainbed_ext.saved_models import MODEL_NAME, load_algorithm, read_model_info
+from domainbed_ext.train_args import TrainArgs
 from gmoe_ltdr import collect_routing, load_model, moe_layers
 from gmoe_ltdr.expert_distance import expert_distances
 from gmoe_ltdr.stats import RoutingStats

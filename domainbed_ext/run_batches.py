@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from domainbed_ext.datasets.base import EnvSplit, balanced_weights
 from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import NEEDED_SPLITS
 from domainbed_ext.launchers.devices import num_cores
 from domainbed_ext.loaders import Batch, EvalBatches, TrainBatches
 from domainbed_ext.runs import Run
 from domainbed_ext.selection import needed_splits
+from domainbed_ext.train_args import NEEDED_SPLITS
 
 
 def train_batches(run: Run, start_step: int) -> Iterator[tuple[Batch, ...]]:

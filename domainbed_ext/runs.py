@@ -21,10 +21,10 @@ from domainbed_ext.datasets.image_cache_flags import image_cache_options
 from domainbed_ext.display import CACHING, ReportProgress, RunState
 from domainbed_ext.distributed import Ranks, current_ranks, first_rank_first
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.launchers.devices import num_cores
 from domainbed_ext.provenance import provenance
 from domainbed_ext.seeds import seed_hash
+from domainbed_ext.train_args import TrainArgs
 
 
 @dataclass
@@ -86,7 +86,7 @@ def prepare_run(
 
     Args:
         args: Checked arguments.
-        hparams: All hyper-parameters, as `domainbed_ext.scripts.train.run_hparams` gives them.
+        hparams: All hyper-parameters, as `domainbed_ext.train_checks.run_hparams` gives them.
         progress: Called while images are decoded into a cache.
     """
     # Every data set takes DomainBed's (root, test_envs, hparams), which is not the base class's.

@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-EXIT_STOPPED = 143  # as a shell has it for a process that SIGTERM ended
+from domainbed_ext.exit_status import EXIT_STOPPED
+
 # `timeout` and systemd send SIGTERM to a process and to its group: that is one request.
 REPEAT_SECONDS = 1.0
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from domainbed_ext.display import format_seconds
 from domainbed_ext.estimates import measured_pace, seconds_left
-from domainbed_ext.jobs import Job, JobState, job_label
+from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.progress_file import RunProgress, read_progress
+from domainbed_ext.train_args import job_label
 
 SILENT_SECONDS = 600  # a process that lives writes its progress far more often
 

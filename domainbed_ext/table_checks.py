@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import order_algorithms
-from domainbed_ext.jobs import DRAWN, SHARED
 from domainbed_ext.records import JobCount, Record, of_deployed_weights, weights_of
 from domainbed_ext.selection import (
     LeaveOneDomainOut,
@@ -17,6 +16,7 @@ from domainbed_ext.selection import (
     num_environments,
     test_acc_key,
 )
+from domainbed_ext.train_args import DRAWN, SHARED
 
 NEEDS_EVERY_DOMAIN = "an average needs every domain"
 

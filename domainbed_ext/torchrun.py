@@ -15,7 +15,8 @@ from pathlib import Path
 from domainbed_ext.display import SweepProgress
 from domainbed_ext.errors import UsageError
 from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess
-from domainbed_ext.jobs import IN_USE, TrainArgs, job_label, taken_by_others
+from domainbed_ext.jobs import IN_USE, taken_by_others
+from domainbed_ext.train_args import TrainArgs, job_label
 
 _POLL_SECONDS = 0.2
 

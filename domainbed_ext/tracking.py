@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from domainbed_ext.atomic_files import write_atomically
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import job_label
+from domainbed_ext.train_args import job_label
 
 if TYPE_CHECKING:
-    from domainbed_ext.jobs import TrainArgs
     from domainbed_ext.records import Record
     from domainbed_ext.runs import Run
+    from domainbed_ext.train_args import TrainArgs
 
 WANDB_FILE = "wandb.json"
 EVENTS_GLOB = "events.out.tfevents.*"  # a name that TensorBoard looks for

@@ -24,7 +24,7 @@ from domainbed_ext.distributed import mean_over_ranks, on_any_rank, wait_for_ran
 from domainbed_ext.divergence import check_finite, check_parameters
 from domainbed_ext.evaluation import evaluate
 from domainbed_ext.first_look import counted_images
-from domainbed_ext.jobs import CHECKPOINT_FILE, mark_done, tidy_up
+from domainbed_ext.job_files import CHECKPOINT_FILE, mark_done, tidy_up
 from domainbed_ext.loaders import EvalBatches
 from domainbed_ext.provenance import environment_lines
 from domainbed_ext.records import RECORDS_FILE, Record, append_record

@@ -9,18 +9,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from domainbed_ext.display import RunState, SweepProgress
+from domainbed_ext.exit_status import EXIT_BUSY, EXIT_OK, EXIT_STOPPED
+from domainbed_ext.job_files import FAILED_FILE, read_failure
 from domainbed_ext.job_process import OUTCOMES
-from domainbed_ext.jobs import (
-    FAILED_FILE,
-    IN_USE,
-    TrainArgs,
-    job_label,
-    read_failure,
-    taken_by_others,
-)
+from domainbed_ext.jobs import IN_USE, taken_by_others
 from domainbed_ext.memory import MemoryReport
 from domainbed_ext.seats import Seated, Seats
-from domainbed_ext.stop_signals import EXIT_STOPPED, stop_requested
+from domainbed_ext.stop_signals import stop_requested
+from domainbed_ext.train_args import TrainArgs, job_label
 from domainbed_ext.workers import Worker, WorkerDiedError
 
 _END_SECONDS = 10.0
@@ -132,7 +128,7 @@ class _Pool:
             del self.busy[worker]
             self._ended(item, seat, message)
             # one that was asked to stop leaves, and one that ran out of memory had better
-            if message in (0, 3) and worker.num_jobs < JOBS_PER_WORKER:
+            if message in (EXIT_OK, EXIT_BUSY) and worker.num_jobs < JOBS_PER_WORKER:
                 self.idle.append(worker)
             else:
                 self._let_go(worker)

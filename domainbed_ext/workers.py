@@ -20,10 +20,11 @@ from typing import Any
 
 from domainbed_ext.atomic_files import CannotWriteError
 from domainbed_ext.display import RunState
-from domainbed_ext.jobs import ERR_FILE, OUT_FILE, TrainArgs, make_folder, mark_failed
+from domainbed_ext.job_files import ERR_FILE, OUT_FILE, make_folder, mark_failed
 from domainbed_ext.log_files import LogFile
 from domainbed_ext.memory import MemoryReport, measure_memory
 from domainbed_ext.stop_signals import Stopped, ask_to_stop, stop_requested, stops_on_signals
+from domainbed_ext.train_args import TrainArgs
 
 REPORT_SECONDS = 0.2
 MEASURE_SECONDS = 1.0
@@ -176,7 +177,7 @@ class _Reporter:
 
 def _run_into_files(args: TrainArgs, reporter: Any) -> int:
     """Runs a job with file descriptors 1 and 2 redirected, which catches native code's output."""
-    from domainbed_ext.scripts.train import run_job
+    from domainbed_ext.training_job import run_job
 
     folder = Path(args.output_dir)
     try:

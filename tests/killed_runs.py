@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "domainbed_ext"
 WATCHED = (
-    *("training", "resuming", "divergence", "evaluation", "records", "jobs"),
-    *("checkpoint", "saved_models", "tensor_files", "atomic_files"),
+    *("training", "resuming", "divergence", "evaluation", "records"),
+    *("checkpoint", "saved_models", "tensor_files", "atomic_files", "job_files", "job_locks"),
 )
 FILE_CALLS = {
     *(

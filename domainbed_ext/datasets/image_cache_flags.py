@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from domainbed_ext.errors import UsageError
 
 if TYPE_CHECKING:
-    from domainbed_ext.jobs import TrainArgs
+    from domainbed_ext.train_args import TrainArgs
 
 FOLDER = "image_cache"
 EXACT, OFF = "exact", "off"

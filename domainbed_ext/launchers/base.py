@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
+from domainbed_ext.train_args import TrainArgs
 
 TRAIN_MODULE = "domainbed_ext.scripts.train"
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.launchers import devices
 from domainbed_ext.launchers.base import Launcher, jobs_of
+from domainbed_ext.train_args import TrainArgs
 
 
 @dataclass(frozen=True, kw_only=True)

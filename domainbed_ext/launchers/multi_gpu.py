@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.launchers import devices
 from domainbed_ext.launchers.base import Launcher, jobs_of
+from domainbed_ext.train_args import TrainArgs
 
 AUTO = "auto"
 _THREADS_FOR = 4  # jobs on each GPU, among which cores are divided before their number is known

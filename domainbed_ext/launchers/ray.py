@@ -17,10 +17,11 @@ from typing import Any
 from domainbed_ext.display import RunState, SweepProgress
 from domainbed_ext.errors import UsageError
 from domainbed_ext.job_process import JobProcess
-from domainbed_ext.jobs import IN_USE, TrainArgs, job_label, taken_by_others
+from domainbed_ext.jobs import IN_USE, taken_by_others
 from domainbed_ext.launchers.base import Launcher, jobs_of
 from domainbed_ext.progress_file import RunProgress, read_progress
 from domainbed_ext.stop_signals import Stopped, stop_requested, stops_deferred
+from domainbed_ext.train_args import TrainArgs, job_label
 
 # A task whose node dies is given to another node that often.
 MAX_RETRIES = 10

@@ -17,8 +17,9 @@ from typing import Any
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.job_process import JobProcess
-from domainbed_ext.jobs import IN_USE, TrainArgs
+from domainbed_ext.jobs import IN_USE
 from domainbed_ext.launchers.base import Launcher, jobs_of
+from domainbed_ext.train_args import TrainArgs
 
 LOG_FOLDER = "slurm"  # in the sweep's folder
 # A job that reaches its time limit goes on in the queue that often; preemption does not count.

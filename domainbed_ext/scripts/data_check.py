@@ -26,8 +26,9 @@ from domainbed_ext.datasets.base import (
 from domainbed_ext.datasets.image_cache_build import CHUNK, num_threads
 from domainbed_ext.datasets.near_duplicates import Pair, near_duplicates, thumbnail
 from domainbed_ext.errors import UsageError
+from domainbed_ext.exit_status import EXIT_OK, EXIT_USAGE
 
-EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
+EXIT_WRONG = 1
 MAX_LISTED = 20
 MAX_CLASSES = 100
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from domainbed_ext.datasets import get_dataset_class
 from domainbed_ext.errors import UsageError
+from domainbed_ext.exit_status import EXIT_USAGE
 from domainbed_ext.hparams import hparam_names, parse_hparams
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.router_hparams import ROUTER_HPARAMS
 from domainbed_ext.scripts import train
-
-EXIT_USAGE = 2
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.train_checks import run_hparams
 
 # What the teacher's run has decided: flags of `train` that would make it another experiment.
 FROM_TEACHER = (
@@ -117,7 +117,7 @@ def student_args(teacher: Path, output_dir: str, hparams: str | None) -> TrainAr
     if wanted["schedule_steps"] == (args.steps or get_dataset_class(args.dataset).N_STEPS):
         wanted["schedule_steps"] = 0  # the run's, whatever its number of steps is
     wanted |= parse_hparams(hparams, "DISTILL", args.dataset)
-    plain = train.run_hparams(args)
+    plain = run_hparams(args)
     changes = {n: value for n, value in wanted.items() if n not in plain or plain[n] != value}
     return replace(args, hparams=json.dumps(changes))
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from domainbed_ext.datasets import DATASETS
 from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs, make_folder
+from domainbed_ext.exit_status import EXIT_OK, EXIT_USAGE
+from domainbed_ext.job_files import make_folder
+from domainbed_ext.train_args import TrainArgs
 
 if TYPE_CHECKING:
     from domainbed_ext.routing_inspection import Inspection
     from gmoe_ltdr.token_stats import TokenStats
 
-EXIT_OK, EXIT_USAGE = 0, 2
 MOST_SHOWN_EXPERTS = 12
 
 DESCRIPTION = """\

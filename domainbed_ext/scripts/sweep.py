@@ -15,26 +15,20 @@ from domainbed_ext.datasets import (
 )
 from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
-from domainbed_ext.jobs import (
-    TASKS,
-    Job,
-    JobBusyError,
-    JobState,
-    TrainArgs,
-    delete_job,
-)
-from domainbed_ext.launchers import REGISTRY, Launcher
-from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
-from domainbed_ext.plan import add_plan_flags, make_jobs, pruning_words
-from domainbed_ext.scripts.train import (
+from domainbed_ext.exit_status import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_STOPPED,
     EXIT_USAGE,
-    check_args,
 )
-from domainbed_ext.stop_signals import EXIT_STOPPED, Stopped, stops_on_signals
+from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
+from domainbed_ext.job_locks import JobBusyError
+from domainbed_ext.jobs import Job, JobState, delete_job
+from domainbed_ext.launchers import REGISTRY, Launcher
+from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
+from domainbed_ext.plan import add_plan_flags, make_jobs, pruning_words
+from domainbed_ext.stop_signals import Stopped, stops_on_signals
 from domainbed_ext.sweep_report import (
     count_words,
     print_estimate,
@@ -45,6 +39,8 @@ from domainbed_ext.sweep_report import (
 )
 from domainbed_ext.torchrun import check_algorithms
 from domainbed_ext.tracking import add_tracker_flags
+from domainbed_ext.train_args import TASKS, TrainArgs
+from domainbed_ext.train_checks import check_args
 
 LAUNCHING = ("launch", "resume", "retry_failed")
 

@@ -3,72 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from domainbed_ext.atomic_files import CannotWriteError, remove_unfinished
-from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR, environment_names, get_dataset_class
-from domainbed_ext.datasets.image_cache_flags import add_flags, image_cache_options
-from domainbed_ext.display import ReportProgress, RunState, run_progress, tee_output
+from domainbed_ext.atomic_files import CannotWriteError
+from domainbed_ext.datasets import DATASETS, DEFAULT_DATA_DIR
+from domainbed_ext.datasets.image_cache_flags import add_flags
+from domainbed_ext.display import run_progress, tee_output
 from domainbed_ext.distributed import (
-    LostRankError,
-    OtherRankError,
     asked_rank,
-    current_ranks,
     errors_only,
-    is_lost_connection,
     joined_ranks,
-    on_first_rank,
 )
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparam_values import check_together
+from domainbed_ext.exit_status import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from domainbed_ext.hparams import (
     VIT_ALGORITHMS,
-    default_hparams,
-    parse_hparams,
-    random_hparams,
-    with_overrides,
 )
-from domainbed_ext.job_process import launcher_is_gone
-from domainbed_ext.jobs import (
-    DONE_FILE,
-    EVAL_SPLITS,
-    FAILED_FILE,
-    HPARAMS_PER_TRIAL,
-    TASKS,
-    DivergedError,
-    JobBusyError,
-    TrainArgs,
-    check_same_run,
-    job_label,
-    job_lock,
-    make_folder,
-    mark_failed,
-    read_failure,
-    run_identity,
-    tidy_up,
-)
-from domainbed_ext.memory import is_out_of_memory
-from domainbed_ext.progress_file import ProgressFile
-from domainbed_ext.seeds import seed_hash
 from domainbed_ext.stop_signals import (
-    EXIT_STOPPED,
     Stopped,
-    ask_to_stop,
-    stop_requested,
     stops_on_signals,
 )
-from domainbed_ext.tracking import add_tracker_flags, check_tracker_flags
+from domainbed_ext.tracking import add_tracker_flags
+from domainbed_ext.train_args import (
+    EVAL_SPLITS,
+    HPARAMS_PER_TRIAL,
+    TASKS,
+    TrainArgs,
+    job_label,
+)
+from domainbed_ext.train_checks import check_args
+from domainbed_ext.training_job import disk_line, run_job
 
 if TYPE_CHECKING:
-    from domainbed_ext.records import Record
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUSY, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+    pass
 
 DESCRIPTION = """\
 Train one algorithm on all domains of a data set but the test domains, evaluating every split of
@@ -222,230 +193,6 @@ def parse_args(argv: Sequence[str] | None = None, *, prog: str | None = None) ->
     return TrainArgs(**vars(build_parser(prog).parse_args(argv)))
 
 
-def train(args: TrainArgs, *, progress: ReportProgress | None = None) -> list[Record]:
-    """Runs, or goes on with, one training run; a finished one is left alone.
-
-    Args:
-        args: What to run.
-        progress: Called with a `RunState` at every step.
-
-    Returns:
-        The records, one per evaluation.
-
-    Raises:
-        UsageError: Bad input.
-        DivergedError: A loss was not finite; the folder is marked as failed.
-        Stopped: A signal asked for an end, under `stops_on_signals`.
-    """
-    from domainbed_ext.records import RECORDS_FILE, read_records
-
-    hparams = check_args(args)
-    folder = Path(args.output_dir)
-    make_folder(folder)
-    ranks = current_ranks()
-
-    def begin() -> list[Record] | None:
-        """Takes the job. Returns the records of one that is finished."""
-        lock.enter_context(job_lock(folder))
-        if (folder / DONE_FILE).exists():
-            path = folder / RECORDS_FILE
-            records = read_records(path, finished=True) if path.exists() else []
-            _check_finished(folder, args, hparams, records)
-            tidy_up(folder)  # which the process may not have lived to do
-            print(f"{folder} holds this very run, finished: nothing to do")
-            return records
-        remove_unfinished(folder)
-        (folder / FAILED_FILE).unlink(missing_ok=True)
-        return None
-
-    with contextlib.ExitStack() as lock:
-        finished = on_first_rank(begin)
-        if finished is not None:
-            return finished
-        progress_file = ProgressFile(folder) if ranks.is_first else None
-
-        def report(state: RunState) -> None:
-            if progress_file is not None:
-                progress_file(state)
-                if launcher_is_gone():  # nobody waits for the rest now
-                    ask_to_stop(os.getpid())
-            if progress is not None:
-                progress(state)
-
-        try:
-            from domainbed_ext.runs import prepare_run
-            from domainbed_ext.training import execute
-
-            return execute(prepare_run(args, hparams, progress=report), progress=report)
-        except Stopped:
-            if progress_file is not None:
-                progress_file.stopped()
-            raise
-        except DivergedError as error:
-            if ranks.is_first:  # all ranks know
-                mark_failed(folder, reason="diverged", message=str(error), step=error.step)
-            raise
-        except OtherRankError:
-            raise
-        except Exception as error:
-            if stop_requested():  # helper processes and other ranks may have left already
-                if progress_file is not None:
-                    progress_file.stopped()
-                raise Stopped from error
-            expected = isinstance(error, CannotWriteError)
-            message = str(error) if expected else f"{type(error).__name__}: {error}"
-            if ranks.size > 1:
-                first = read_failure(folder)
-                if first is not None:  # this rank only lost its connection to the one that failed
-                    raise OtherRankError(str(first["message"])) from error
-                if is_lost_connection(error):
-                    lost = LostRankError(ranks.rank)
-                    mark_failed(folder, reason="died", message=str(lost))
-                    raise lost from error
-                message = f"rank {ranks.rank}: {message}"
-            with contextlib.suppress(OSError):  # of a full disk, say, which is what failed then
-                reason = "memory" if is_out_of_memory(error) else "error"
-                mark_failed(folder, reason=reason, message=message)
-            raise
-
-
-def run_hparams(args: TrainArgs) -> dict[str, Any]:
-    """The hyper-parameters of a run: the defaults or a draw, then what --hparams changes."""
-    text = None if args.hparams is None else str(args.hparams)
-    overrides = parse_hparams(text, args.algorithm, args.dataset)
-    if args.hparams_seed == 0:
-        hparams = default_hparams(args.algorithm, args.dataset)
-    else:
-        seed = seed_hash(args.hparams_seed, 0 if args.shares_draw else args.trial_seed)
-        hparams = random_hparams(args.algorithm, args.dataset, seed)
-    hparams = with_overrides(hparams, overrides, args.algorithm, args.dataset)
-    check_together(hparams)
-    return hparams
-
-
-def check_args(args: TrainArgs) -> dict[str, Any]:
-    """Refuses impossible arguments, before anything is written. Returns all hyper-parameters."""
-    hparams = run_hparams(args)
-    image_cache_options(args)
-    check_tracker_flags(args)
-    get_dataset_class(args.dataset)
-    names = environment_names(args.dataset)
-    listing = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    for env in args.test_envs:
-        if not 0 <= env < len(names):
-            raise UsageError(
-                f"--test_envs {env} is out of range for {args.dataset}; choose among {listing}"
-            )
-    if len(set(args.test_envs)) < len(args.test_envs):
-        raise UsageError(f"--test_envs names a domain twice: {' '.join(map(str, args.test_envs))}")
-    if len(args.test_envs) == len(names):
-        raise UsageError(
-            f"--test_envs leaves no domain of {args.dataset} to train on; leave one out of "
-            f"{listing}"
-        )
-    if args.task not in TASKS:
-        raise UsageError(f"--task {args.task} is unknown; choose one of {', '.join(TASKS)}")
-    if args.eval_splits not in EVAL_SPLITS:
-        raise UsageError(
-            f"--eval_splits {args.eval_splits} is unknown; choose one of {', '.join(EVAL_SPLITS)}"
-        )
-    if args.hparams_per_trial not in HPARAMS_PER_TRIAL:
-        raise UsageError(
-            f"--hparams_per_trial {args.hparams_per_trial} is unknown; choose one of "
-            f"{', '.join(HPARAMS_PER_TRIAL)}"
-        )
-    for name, least in (("steps", 1), ("checkpoint_freq", 1), ("num_workers", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} {value} is too small; choose {least} or more")
-    if not args.checkpoint_minutes >= 0:
-        raise UsageError(
-            f"--checkpoint_minutes {args.checkpoint_minutes} is impossible; choose 0 or more"
-        )
-    if not 0 < args.holdout_fraction < 1:
-        raise UsageError(
-            f"--holdout_fraction {args.holdout_fraction} is impossible; choose one between 0 and 1"
-        )
-    if not 0 <= args.uda_holdout_fraction < 1:
-        raise UsageError(
-            f"--uda_holdout_fraction {args.uda_holdout_fraction} is impossible; choose one from 0 "
-            "to below 1"
-        )
-    if args.algorithm == "DISTILL" and not (Path(args.output_dir) / DONE_FILE).exists():
-        from domainbed_ext.algorithms.distill import check_teacher
-
-        check_teacher(hparams, args.record_args())
-    return hparams
-
-
-def _check_finished(
-    folder: Path, args: TrainArgs, hparams: dict[str, Any], records: list[Record]
-) -> None:
-    if not records:
-        raise UsageError(
-            f"{folder} is marked as done and holds no record; delete that folder to run the job "
-            "again"
-        )
-    found = run_identity(records[-1]["args"], records[-1].get("hparams") or {})
-    wanted = run_identity(args.record_args(), hparams)
-    if wanted.get("hparams.schedule_steps") == 0:  # 0 stands for the run's number of steps
-        wanted["hparams.schedule_steps"] = found.get("hparams.schedule_steps")
-    check_same_run(folder, found=found, wanted=wanted)
-    last = (args.steps or get_dataset_class(args.dataset).N_STEPS) - 1
-    # SWAD may end a run before, as no further step would count
-    if records[-1]["step"] != last and found.get("hparams.weight_averaging") != "swad":
-        raise UsageError(
-            f"{folder} is marked as done and its records end at step {records[-1]['step']}, not "
-            f"{last}; delete that folder to run the job again"
-        )
-
-
-def run_job(args: TrainArgs, *, progress: ReportProgress | None = None) -> int:
-    """`train` as a command: prints errors as people want them, and returns the exit status."""
-    try:
-        train(args, progress=progress)
-    except OtherRankError as error:
-        # the rank that failed has printed it; the last line of err.txt should say it too
-        if current_ranks().is_first or isinstance(error, LostRankError):
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except JobBusyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BUSY
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except DivergedError as error:
-        if current_ranks().is_first:
-            print(f"error: diverged: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except CannotWriteError as error:
-        print(f"error: {_disk_line(error)}", file=sys.stderr)
-        return EXIT_FAILED
-    except Stopped as stop:
-        if current_ranks().is_first:
-            print(_stop_line(stop), file=sys.stderr)
-        return EXIT_STOPPED
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAILED
-    return EXIT_OK
-
-
-def _disk_line(error: CannotWriteError) -> str:
-    return f"{error}; when that is mended, the same command goes on from the last checkpoint"
-
-
-def _stop_line(stop: Stopped) -> str:
-    if stop.step is not None:
-        return f"stopped after step {stop.step}; the same command goes on from there"
-    reason = "" if stop.__cause__ is None else f" ({stop.__cause__})"
-    return f"stopped{reason}; the same command goes on from the last checkpoint, if there is one"
-
-
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """The command line. Returns the exit status."""
     args = parse_args(argv, prog=prog)
@@ -460,7 +207,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     except Stopped:
         return EXIT_STOPPED
     except CannotWriteError as error:  # before the run had begun
-        print(f"error: {_disk_line(error)}", file=sys.stderr)
+        print(f"error: {disk_line(error)}", file=sys.stderr)
         return EXIT_FAILED
     except UsageError as error:
         if not args.distributed or asked_rank() == 0:

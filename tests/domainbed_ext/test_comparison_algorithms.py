@@ -6,11 +6,11 @@ import torch
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams, random_hparams, validate_hparams
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
 from domainbed_ext.router_hparams import DEEPSEEK_SETTINGS, GROUPS_SETTINGS
 from domainbed_ext.saved_models import load_algorithm, save_algorithm
-from domainbed_ext.scripts.train import train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import train
 from gmoe_ltdr import moe_layers, preset
 from gmoe_ltdr.image_info import set_image_info
 from tests.distributed import run_ranks

@@ -9,10 +9,11 @@ import pytest
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.distributed import OtherRankError, current_ranks
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import prepare_run
-from domainbed_ext.scripts.train import check_args, train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.train_checks import check_args
+from domainbed_ext.training_job import train
 from tests.distributed import run_ranks
 
 # Nothing drawn at random, so that one process computes the same. Seven images are not shared

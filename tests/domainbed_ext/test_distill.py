@@ -13,12 +13,12 @@ from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.algorithms.distill import check_teacher, load_teacher
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.records import read_records
 from domainbed_ext.saved_models import load_algorithm
 from domainbed_ext.scripts import distill
 from domainbed_ext.scripts.train import main as train_main
-from domainbed_ext.scripts.train import train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import train
 from gmoe_ltdr import moe_layers
 from gmoe_ltdr.distill import bckd_loss
 from tests.distributed import run_ranks

@@ -29,17 +29,20 @@ from domainbed_ext.distributed import (
     on_first_rank,
 )
 from domainbed_ext.errors import UsageError
+from domainbed_ext.job_files import read_failure
 from domainbed_ext.job_process import TORCHRUN_MODULE
-from domainbed_ext.jobs import TrainArgs, read_failure
 from domainbed_ext.launchers import devices
 from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import prepare_run
 from domainbed_ext.saved_models import load_algorithm
 from domainbed_ext.scripts.sweep import main as sweep
-from domainbed_ext.scripts.train import check_args, main, train
+from domainbed_ext.scripts.train import main
 from domainbed_ext.stop_signals import Stopped, stops_on_signals
 from domainbed_ext.torchrun import distributed_command, ranks_of
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.train_checks import check_args
+from domainbed_ext.training_job import train
 from tests.distributed import RankError, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

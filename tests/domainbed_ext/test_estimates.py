@@ -7,7 +7,8 @@ import json
 import pytest
 
 from domainbed_ext.estimates import Pace, measured_pace, seconds_left
-from domainbed_ext.jobs import Job, JobState, mark_done
+from domainbed_ext.job_files import mark_done
+from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.scripts.sweep import build_parser, main
 

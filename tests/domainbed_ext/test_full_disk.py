@@ -15,11 +15,13 @@ from sweep_records import make_record
 from domainbed_ext.atomic_files import CannotWriteError, write_atomically
 from domainbed_ext.checkpoint import load_last_checkpoint
 from domainbed_ext.display import run_progress
-from domainbed_ext.jobs import Job, JobState, TrainArgs
+from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.log_files import LogFile
 from domainbed_ext.records import append_record, read_records
 from domainbed_ext.scripts import train as train_module
-from domainbed_ext.scripts.train import main, run_job
+from domainbed_ext.scripts.train import main
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import run_job
 from domainbed_ext.workers import _run_into_files
 
 SMALL = (

@@ -18,10 +18,11 @@ from domainbed_ext.datasets.image_cache import read_cache, use_image_cache
 from domainbed_ext.datasets.image_cache_build import reduced_size
 from domainbed_ext.datasets.image_cache_flags import ImageCacheOptions
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.loaders import EvalBatches, TrainBatches
 from domainbed_ext.records import read_records
-from domainbed_ext.scripts.train import check_args, train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.train_checks import check_args
+from domainbed_ext.training_job import train
 
 HPARAMS = {"backbone": "vit_tiny_patch16_32"}
 # Greyscale, palette, transparent and CMYK files all come out as RGB.

@@ -13,7 +13,6 @@ from domainbed_ext.datasets import get_dataset_class
 from domainbed_ext.datasets.base import EnvSplit, FileEnvironment
 from domainbed_ext.errors import UsageError
 from domainbed_ext.foreground_masks import ForegroundMasks
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.routing_inspection import (
     Inspection,
     compare_names,
@@ -21,7 +20,8 @@ from domainbed_ext.routing_inspection import (
     read_inspection,
 )
 from domainbed_ext.scripts.inspect_routing import main
-from domainbed_ext.scripts.train import train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import train
 from gmoe_ltdr import collect_routing, preset, save_model
 from gmoe_ltdr.stats import RoutingStats
 from tests.models import tiny_moe_vit

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from domainbed_ext.job_files import mark_failed, read_failure
 from domainbed_ext.job_process import TORCHRUN_MODULE, JobProcess, launcher_is_gone
-from domainbed_ext.jobs import TrainArgs, mark_failed, read_failure
+from domainbed_ext.train_args import TrainArgs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +99,7 @@ Path(sys.argv[2]).touch()
 LAUNCHER = """
 import sys, time
 from domainbed_ext.job_process import JobProcess
-from domainbed_ext.jobs import TrainArgs
+from domainbed_ext.train_args import TrainArgs
 job = JobProcess([sys.executable, "-c", *sys.argv[1:]], TrainArgs(output_dir="job"))
 time.sleep(300)
 """

@@ -11,21 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from domainbed_ext import jobs
+from domainbed_ext import job_locks, jobs
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import (
-    Job,
-    JobBusyError,
-    JobState,
-    TrainArgs,
-    delete_job,
-    job_lock,
-    make_folder,
-    mark_done,
-    mark_failed,
-    taken_by_others,
-)
+from domainbed_ext.job_files import make_folder, mark_done, mark_failed
+from domainbed_ext.job_locks import JobBusyError, job_lock
+from domainbed_ext.jobs import Job, JobState, delete_job, taken_by_others
 from domainbed_ext.scripts.train import parse_args
+from domainbed_ext.train_args import TrainArgs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,7 +148,7 @@ def test_a_deleted_job_leaves_nothing(tmp_path):
 
 def test_a_lock_that_its_holder_deleted_is_made_anew(tmp_path, monkeypatch):
     """Between opening the file and locking it, the process that had the job has deleted it."""
-    real, folder, calls = jobs._lock, tmp_path / "job", []
+    real, folder, calls = job_locks._lock, tmp_path / "job", []
 
     def lock(file, place):
         calls.append(file)
@@ -164,7 +156,7 @@ def test_a_lock_that_its_holder_deleted_is_made_anew(tmp_path, monkeypatch):
             shutil.rmtree(folder)
         real(file, place)
 
-    monkeypatch.setattr(jobs, "_lock", lock)
+    monkeypatch.setattr(job_locks, "_lock", lock)
     with job_lock(folder):
         assert os.path.samestat(os.fstat(calls[-1].fileno()), os.stat(folder / "lock"))
     assert len(calls) == 2

@@ -9,11 +9,11 @@ import pytest
 
 from domainbed_ext import worker_pool, workers
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, devices
 from domainbed_ext.launchers.local import LocalLauncher, default_workers
 from domainbed_ext.launchers.multi_gpu import MultiGpuLauncher
 from domainbed_ext.scripts.sweep import build_parser
+from domainbed_ext.train_args import TrainArgs
 
 
 @pytest.mark.parametrize(

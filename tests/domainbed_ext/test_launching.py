@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from domainbed_ext import launching
-from domainbed_ext.jobs import Job, JobState, mark_done, mark_failed
+from domainbed_ext.job_files import mark_done, mark_failed
+from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.launchers import Launcher
 from domainbed_ext.launching import MAX_LAUNCHES, launch_in_rounds, left_behind
 

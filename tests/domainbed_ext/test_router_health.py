@@ -11,8 +11,8 @@ import torch
 from domainbed_ext.algorithms import get_algorithm_class
 from domainbed_ext.algorithms.router_health import RouterHealth
 from domainbed_ext.hparams import default_hparams
-from domainbed_ext.jobs import TrainArgs
-from domainbed_ext.scripts.train import train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import train
 from gmoe_ltdr import collect_routing, moe_layers, preset
 from tests.distributed import run_ranks
 from tests.models import tiny_moe_vit

@@ -23,9 +23,9 @@ from domainbed_ext.compilation import (
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparam_values import VALUES
 from domainbed_ext.hparams import default_hparams, parse_hparams, with_overrides
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.optimization import as_input, use_fused_kernels_
-from domainbed_ext.scripts.train import train
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import train
 from gmoe_ltdr import moe_layers, preset
 from gmoe_ltdr.expert_backends import EXPERT_BACKENDS
 from tests.models import tiny_dense_vit, tiny_moe_vit

@@ -17,13 +17,15 @@ import pytest
 from domainbed_ext import jobs, launchers
 from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import JobBusyError, JobState, job_state, mark_done, mark_failed
+from domainbed_ext.job_files import mark_done, mark_failed
+from domainbed_ext.job_locks import JobBusyError
+from domainbed_ext.jobs import JobState, job_state
 from domainbed_ext.plan import make_jobs, pruning_words
 from domainbed_ext.records import load_records, read_records
 from domainbed_ext.scripts.collect_results import main as collect
 from domainbed_ext.scripts.sweep import build_parser, main
 from domainbed_ext.scripts.train import parse_args
-from domainbed_ext.scripts.train import train as run_train
+from domainbed_ext.training_job import train as run_train
 from tests.upstream_checkout import ask_upstream, needs_upstream
 
 ROOT = Path(__file__).resolve().parents[2]

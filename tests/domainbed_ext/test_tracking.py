@@ -17,12 +17,13 @@ from sweep_records import make_record
 
 from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.records import read_records
 from domainbed_ext.scripts.sweep import build_parser
-from domainbed_ext.scripts.train import check_args, train
 from domainbed_ext.tracking import EVENTS_GLOB, TensorBoard, scalars, tracked
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.train_checks import check_args
+from domainbed_ext.training_job import train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,13 +16,17 @@ import torch
 
 from domainbed_ext import algorithms, runs, training
 from domainbed_ext.checkpoint import load_checkpoint
-from domainbed_ext.errors import UsageError
-from domainbed_ext.jobs import DivergedError, Job, JobState, TrainArgs, job_lock
+from domainbed_ext.errors import DivergedError, UsageError
+from domainbed_ext.job_locks import job_lock
+from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import evaluation_splits, prepare_run
 from domainbed_ext.saved_models import load_algorithm
-from domainbed_ext.scripts.train import build_parser, main, run_hparams, run_job, train
+from domainbed_ext.scripts.train import build_parser, main
 from domainbed_ext.stop_signals import stop_requested, stops_on_signals
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.train_checks import run_hparams
+from domainbed_ext.training_job import run_job, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"dataset": "Debug28", "steps": 5, "checkpoint_freq": 2, "device": "cpu"}

@@ -15,15 +15,15 @@ from domainbed_ext.algorithms.base import Algorithm
 from domainbed_ext.checkpoint import load_training_state, training_state
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import default_hparams, parse_hparams, with_overrides
-from domainbed_ext.jobs import TrainArgs
 from domainbed_ext.learning_curves import curves_frame
 from domainbed_ext.loss_valley import LossValley
 from domainbed_ext.records import read_records
 from domainbed_ext.saved_models import load_algorithm
-from domainbed_ext.scripts.train import train
 from domainbed_ext.selection import LeaveOneDomainOut, Oracle, TrainingDomainValidation
 from domainbed_ext.table_checks import sweep_notes
 from domainbed_ext.tables import results_frame
+from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.training_job import train
 from domainbed_ext.weight_averaging import (
     ExponentialAverage,
     ValleyAverage,

@@ -10,9 +10,11 @@ import pytest
 
 from domainbed_ext import worker_pool
 from domainbed_ext.display import RunState
-from domainbed_ext.jobs import TrainArgs, job_state, mark_done, mark_failed
+from domainbed_ext.job_files import mark_done, mark_failed
+from domainbed_ext.jobs import job_state
 from domainbed_ext.memory import MemoryReport
 from domainbed_ext.seats import Seats
+from domainbed_ext.train_args import TrainArgs
 from domainbed_ext.worker_pool import run_jobs
 from domainbed_ext.workers import WorkerDiedError
 
