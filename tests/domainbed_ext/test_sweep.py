@@ -1,4 +1,4 @@
-"""Sweeps: which jobs they consist of, launching them again, what becomes of failures."""
+"""Sweeps: launching their jobs, again too, and what becomes of failures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import csv
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,42 +13,15 @@ from pathlib import Path
 import pytest
 
 from domainbed_ext import jobs, launchers
-from domainbed_ext.checkpoint import load_checkpoint
 from domainbed_ext.errors import UsageError
 from domainbed_ext.job_files import mark_done, mark_failed
 from domainbed_ext.job_locks import JobBusyError
-from domainbed_ext.jobs import JobState, job_state
-from domainbed_ext.plan import make_jobs, pruning_words
 from domainbed_ext.records import load_records, read_records
 from domainbed_ext.scripts.collect_results import main as collect
 from domainbed_ext.scripts.sweep import build_parser, main
 from domainbed_ext.scripts.train import parse_args
 from domainbed_ext.training_job import train as run_train
-from tests.upstream_checkout import ask_upstream, needs_upstream
-
-ROOT = Path(__file__).resolve().parents[2]
-ONE_EACH = "--n_hparams 1 --n_trials 1 --single_test_envs --skip_confirmation".split()
-DEBUG = [*"--datasets Debug28 --steps 3 --device cpu".split(), *ONE_EACH]
-
-
-def plan(*flags):
-    return make_jobs(build_parser().parse_args([*flags, "--output_dir", "sweep"]))
-
-
-def run_sweep(*flags):
-    """A sweep in a process of its own, as users run it."""
-    # passive: threads that spin while others have the cores take minutes for tiny models
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "domainbed_ext.scripts.sweep", *flags]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # a shell makes what it runs in the background, these tests perhaps, ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+from tests.short_sweeps import DEBUG, job_folders, plan, run_sweep
 
 
 @pytest.fixture
@@ -70,125 +41,6 @@ def in_process(monkeypatch):
     return launched
 
 
-def test_jobs_are_domainbeds():
-    jobs = plan("--algorithms", "LTDR", "--datasets", "Debug28", "--n_hparams", "2")
-    assert len(jobs) == 3 * 2 * 6  # trials, draws, three domains alone and three pairs
-    envs = [list(job.args.test_envs) for job in jobs[:12:2]]
-    assert envs == [[0], [0, 1], [0, 2], [1], [1, 2], [2]]
-    assert jobs[0].args.seed == 1254117012  # as DomainBed b93c22a has it
-    assert len({job.output_dir for job in jobs}) == len(jobs)
-
-
-@needs_upstream
-@pytest.mark.upstream
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--datasets", "Debug28", "PACS", "--algorithms", "ERM", "--n_hparams", "2"],
-        ["--datasets", "VLCS", "--algorithms", "ERM", "LTDR", "--single_test_envs", "--steps", "5"],
-        ["--datasets", "PACS", "--n_hparams_from", "1", "--hparams", '{"lr": 1}', *ONE_EACH[2:]],
-    ],
-)
-def test_jobs_are_those_of_a_real_domainbed(flags):
-    args = build_parser().parse_args([*flags, "--data_dir", "/data"])
-    code = (
-        "import hashlib\n"
-        "from domainbed.scripts.sweep import Job, make_args_list\n"
-        "jobs = [Job(a, 'sweep') for a in make_args_list(**question)]\n"
-        "print(json.dumps([job.output_dir for job in jobs]))"
-    )
-    names = (
-        "n_trials algorithms n_hparams_from n_hparams steps data_dir task holdout_fraction "
-        "single_test_envs hparams"
-    ).split()
-    question = {name: getattr(args, name) for name in names}
-    expected = ask_upstream(code, {**question, "dataset_names": args.datasets})
-    args.output_dir = "sweep"
-    assert [str(job.output_dir) for job in make_jobs(args)] == expected
-
-
-def test_only_jobs_on_given_test_environments():
-    flags = ["--algorithms", "LTDR", "--datasets", "Debug28", *ONE_EACH[:4]]
-    assert _envs(plan(*flags, "--test_envs", "1")) == [[0, 1], [1], [1, 2]]
-    assert _envs(plan(*flags, "--test_envs", "0", "2", "--single_test_envs")) == [[0], [2]]
-    with pytest.raises(UsageError, match="out of range for Debug28; it has domains 0 to 2"):
-        plan(*flags, "--test_envs", "3")
-
-
-TWO_DRAWS = "--algorithms LTDR --n_hparams 2 --n_trials 3".split()
-
-
-@pytest.mark.parametrize(
-    ("selection", "pairs"),
-    [
-        (["training-domain"], False),
-        (["oracle"], False),
-        (["iid", "oracle"], False),
-        (["leave-one-out"], True),
-        (["leave-one-domain-out"], True),
-        (["training-domain", "loo"], True),
-        (["training-domain validation set"], False),
-    ],
-)
-def test_a_sweep_for_some_selection_methods_has_the_jobs_they_need(selection, pairs):
-    flags = [*TWO_DRAWS, "--datasets", "PACS"]
-    every, alone = plan(*flags), plan(*flags, "--single_test_envs")
-    jobs = plan(*flags, "--selection", *selection)
-    # The same names, so that a sweep can be widened later.
-    expected = every if pairs else alone
-    assert [job.output_dir for job in jobs] == [job.output_dir for job in expected]
-    assert {job.args.eval_splits for job in jobs} == {"needed"}
-    assert {job.args.eval_splits for job in every} == {"all"}
-    widened = plan(*flags, "--selection", *selection, "--eval_splits", "all")
-    assert {job.args.eval_splits for job in widened} == {"all"}
-    assert [job.output_dir for job in widened] == [job.output_dir for job in jobs]
-
-
-def test_trials_that_share_their_draws_are_other_jobs():
-    flags = [*TWO_DRAWS, "--datasets", "Debug28", "--test_envs", "0", "--single_test_envs"]
-    drawn, shared = plan(*flags), plan(*flags, "--hparams_per_trial", "shared")
-    for one, other in zip(drawn, shared, strict=True):
-        assert one.args.seed == other.args.seed
-        # Draw 0 is the defaults, in either case the same.
-        assert (one.output_dir == other.output_dir) is (one.args.hparams_seed == 0)
-    assert {job.args.hparams_per_trial for job in shared} == {"drawn", "shared"}
-    assert {job.args.hparams_per_trial for job in drawn} == {"drawn"}
-
-
-def test_a_selection_method_on_some_domains_has_the_jobs_it_needs():
-    flags = ["--algorithms", "LTDR", "--datasets", "PACS", *ONE_EACH[:4], "--test_envs", "2"]
-    assert _envs(plan(*flags, "--selection", "oracle")) == [[2]]
-    envs = _envs(plan(*flags, "--selection", "leave-one-out"))
-    assert envs == [[0, 2], [1, 2], [2], [2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (
-            ["--selection", "training-domain"],
-            [
-                "pairs of test domains are not needed for training-domain validation set: 24 jobs "
-                "instead of 60",
-                "images that are trained on are not evaluated, no selection method needs them "
-                "(--eval_splits all does)",
-            ],
-        ),
-        (["--selection", "loo"], ["images that are trained on are not evaluated"]),
-        (["--selection", "loo", "--eval_splits", "all"], []),
-        (["--selection", "oracle", "--single_test_envs", "--eval_splits", "all"], []),
-        (["--eval_splits", "needed"], []),
-        ([], []),
-    ],
-)
-def test_the_plan_says_what_a_selection_method_saves(flags, expected):
-    args = build_parser().parse_args([*TWO_DRAWS, "--datasets", "PACS", *flags])
-    lines = pruning_words(args, len(make_jobs(args)))
-    assert len(lines) == len(expected)
-    for line, start in zip(lines, expected, strict=True):
-        assert line.startswith(start)
-
-
 def test_a_sweep_for_one_selection_method_is_tabulated(tmp_path, capsys, in_process):
     base = "--datasets Debug28 --algorithms ERM_ViT --n_hparams 1 --n_trials 1 --steps 3".split()
     flags = [*base, "--device", "cpu", "--skip_confirmation", "--output_dir", str(tmp_path)]
@@ -206,21 +58,6 @@ def test_a_sweep_for_one_selection_method_is_tabulated(tmp_path, capsys, in_proc
     assert main([*flags, "--selection", "leave-one-out"]) == 0
     envs = [parse_args(command[3:]).test_envs for command in in_process]
     assert envs == [(0, 1), (0, 2), (1, 2)]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "flags", "expected"),
-    [
-        ("EmojiDG", [], True),
-        ("EmojiDG6", [], True),
-        ("EmojiDG", ["--no-ceiling"], False),
-        ("Debug28", [], False),
-        ("Debug28", ["--ceiling"], True),
-    ],
-)
-def test_ceiling_jobs_hold_out_nothing(dataset, flags, expected):
-    envs = _envs(plan("--datasets", dataset, "--algorithms", "LTDR", *ONE_EACH, *flags))
-    assert ([] in envs) is expected
 
 
 def test_dummy_launcher_prints_commands_and_writes_nothing(tmp_path, capsys):
@@ -315,13 +152,9 @@ def test_status_runs_nothing(tmp_path, capsys, in_process):
     assert list(tmp_path.iterdir()) == []
 
 
-def _folders(tmp_path, flags):
-    return [tmp_path / job.output_dir.name for job in plan(*flags)]
-
-
 def test_resume_launches_what_was_interrupted_and_nothing_new(tmp_path, capsys, in_process):
     flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
-    folders = _folders(tmp_path, flags)
+    folders = job_folders(tmp_path, flags)
     assert len(folders) == 6
     for folder in folders[:4]:
         folder.mkdir()
@@ -343,7 +176,7 @@ def test_retry_failed_goes_on_with_failed_jobs_and_starts_diverged_ones_afresh(
     tmp_path, capsys, in_process
 ):
     flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
-    folders = _folders(tmp_path, flags)
+    folders = job_folders(tmp_path, flags)
     for folder in folders[:3]:
         folder.mkdir()
     mark_failed(folders[1], reason="error", message="broken")
@@ -369,7 +202,7 @@ def test_retry_failed_goes_on_with_failed_jobs_and_starts_diverged_ones_afresh(
 
 def test_status_tells_how_far_running_jobs_are(tmp_path, capsys, monkeypatch):
     flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
-    folders = _folders(tmp_path, flags)
+    folders = job_folders(tmp_path, flags)
     for folder in folders:
         folder.mkdir()
     mark_failed(folders[1], reason="error", message="broken")
@@ -394,7 +227,7 @@ def test_status_tells_how_far_running_jobs_are(tmp_path, capsys, monkeypatch):
 
 def test_a_job_in_use_is_not_deleted(tmp_path, capsys, monkeypatch):
     flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
-    folders = _folders(tmp_path, flags)
+    folders = job_folders(tmp_path, flags)
     for folder in folders[:2]:
         folder.mkdir()
     real = jobs.job_lock
@@ -410,33 +243,6 @@ def test_a_job_in_use_is_not_deleted(tmp_path, capsys, monkeypatch):
     assert "Deleted 1 job folders." in captured.out
     assert f"kept, as a process has begun to work on it: {folders[0]}" in captured.err
     assert [folder.exists() for folder in folders] == [True, False, False]
-
-
-def test_two_sweeps_share_the_jobs_and_one_takes_over_what_the_other_leaves(tmp_path):
-    flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path), "--jobs", "2"]
-    flags[flags.index("--steps") + 1] = "100"  # enough for jobs to be caught at work
-    folders = _folders(tmp_path, flags)
-    with contextlib.ExitStack() as processes:
-        first = processes.enter_context(run_sweep(*flags))
-        wait_for(lambda: all((folder / "lock").exists() for folder in folders[:2]))
-        group = [first.pid, *workers_of(first.pid)]
-        for pid in group:
-            processes.callback(kill, pid)
-            os.kill(pid, signal.SIGSTOP)
-        second = processes.enter_context(run_sweep(*flags))
-        processes.callback(second.kill)
-        wait_for(lambda: (folders[2] / "done").exists())
-        assert [job_state(folder) for folder in folders[:2]] == [JobState.RUNNING] * 2
-        for pid in group:
-            kill(pid)
-        out, err = second.communicate(timeout=300)
-    assert second.returncode == 0, err
-    assert "3 jobs: 3 done." in out
-    assert (folders[2] / "out.txt").read_text().count("Environment:") == 1
-    for folder in folders:
-        steps = [record["step"] for record in read_records(folder / "results.jsonl")]
-        assert steps == sorted(set(steps))
-        assert steps[-1] == 99
 
 
 def test_without_a_terminal_nobody_can_confirm(tmp_path, capsys, monkeypatch):
@@ -499,46 +305,6 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, capsys, case):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_killed_worker_is_replaced_and_ctrl_c_stops_cleanly(tmp_path):
-    long = [*DEBUG, "--steps", "100000", "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
-    with run_sweep(*long, "--jobs", "1") as process:
-        first = wait_for(lambda: next(tmp_path.glob("*/results.jsonl"), None))
-        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-        # The job is marked and the next one runs, in a new worker.
-        wait_for(lambda: (first.parent / "failed").exists())
-        wait_for(lambda: len(list(tmp_path.glob("*/results.jsonl"))) == 2)
-        (worker,) = workers_of(process.pid)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on with what is not done" in err
-    assert "Traceback" not in err
-    assert "worker died (SIGKILL, out of memory?)" in err
-    wait_for(lambda: not Path(f"/proc/{worker}").exists())
-    assert json.loads((first.parent / "failed").read_text())["reason"] == "died"
-    assert "the worker process died" in (first.parent / "err.txt").read_text()
-    states = {job.state for job in plan(*long) for job in [_moved(job, tmp_path)]}
-    assert states == {JobState.FAILED, JobState.INCOMPLETE, JobState.NOT_LAUNCHED}
-
-
-def test_sigterm_makes_a_worker_save_and_leave(tmp_path):
-    long = [*DEBUG, "--steps", "100000", "--algorithms", "LTDR", "--output_dir", str(tmp_path)]
-    with run_sweep(*long, "--jobs", "1") as process:
-        wait_for(lambda: len(list(tmp_path.glob("*/results.jsonl"))) == 1)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert err.endswith("\nstopped; the same command goes on with what is not done\n")
-    assert "Traceback" not in err
-    states = [_moved(job, tmp_path).state for job in plan(*long)]
-    assert states == [JobState.INCOMPLETE, JobState.NOT_LAUNCHED, JobState.NOT_LAUNCHED]
-    (errors,) = tmp_path.glob("*/err.txt")
-    step = load_checkpoint(errors.parent / "checkpoint.safetensors").step
-    assert step > 0
-    expected = f"stopped after step {step}; the same command goes on from there\n"
-    assert errors.read_text() == expected
-
-
 def test_flags_are_frozen():
     """Removing or renaming one breaks scripts: it takes a forwarding shim."""
     upstream = (
@@ -562,30 +328,3 @@ def _registered_algorithms():
     from domainbed_ext.algorithms import ALGORITHMS
 
     return ALGORITHMS
-
-
-def _envs(jobs):
-    return [list(job.args.test_envs) for job in jobs]
-
-
-def _moved(job, folder):
-    return type(job)(job.train_args, folder / job.output_dir.name)
-
-
-def workers_of(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [pid for pid, command in commands.items() if b"spawn_main" in command]
-
-
-def kill(pid):
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(condition, seconds=300):
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return result
