@@ -11,22 +11,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from domainbed_ext.datasets.base import EnvSplit, Transform
 from domainbed_ext.datasets.file_transforms import FileTransform
+from domainbed_ext.decoding_workers import Batch, from_workers
 from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
-from domainbed_ext.stop_signals import leave_stops_to_parent
-
-Batch = tuple[Tensor, Tensor]
 
 _ORDER, _AUGMENTATION = 0, 1  # what a random stream is for
 
@@ -143,7 +139,7 @@ def eval_stream(loaders: Mapping[str, EvalBatches]) -> Iterator[tuple[str, Batch
         names = list(by_workers)
         num_workers = max(loader.num_workers for loader in by_workers.values())
         pin_memory = any(loader.pin_memory for loader in by_workers.values())
-        batches = _from_workers(chain, range(len(chain)), num_workers, pin_memory)
+        batches = from_workers(chain, range(len(chain)), num_workers, pin_memory)
         for (part, _), batch in zip(chain.places, batches, strict=True):
             yield names[part], chain.parts[part].finish(batch)
 
@@ -292,61 +288,10 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    message: str
-
-
-class _Reporting(Dataset):
-    """Hands bad input over as a value: a worker's exceptions arrive wrapped in a traceback."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Batch | _Failure:
-        try:
-            return self.batches.load(step)
-        except UsageError as error:
-            return _Failure(str(error))
-
-
-class _StepSampler(Sampler):
-    def __init__(self, steps: Iterable[int]) -> None:
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.steps)
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
 def _iterate(
     batches: _Steps, steps: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     if num_workers == 0 or batches.split.environment.in_memory:
         return (batches[step] for step in steps)
-    loaded = _from_workers(batches, steps, num_workers, pin_memory)
+    loaded = from_workers(batches, steps, num_workers, pin_memory)
     return (batches.finish(batch) for batch in loaded)
-
-
-def _from_workers(
-    batches: _Steps | _Chain, steps: Iterable[int], num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """What `load` of the batches makes, in worker processes."""
-    loader = DataLoader(
-        _Reporting(batches),
-        batch_size=None,
-        sampler=_StepSampler(steps),
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        # DataLoader draws a base seed from the global generator otherwise, moving the run's stream.
-        generator=torch.Generator(),
-        worker_init_fn=leave_stops_to_parent,
-    )
-    for item in loader:
-        if isinstance(item, _Failure):
-            raise UsageError(item.message)
-        yield item

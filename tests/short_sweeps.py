@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from domainbed_ext.plan import make_jobs
-from domainbed_ext.scripts.sweep import build_parser
+from domainbed_ext.sweep_flags import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_EACH = "--n_hparams 1 --n_trials 1 --single_test_envs --skip_confirmation".split()

@@ -10,7 +10,8 @@ from domainbed_ext.estimates import Pace, measured_pace, seconds_left
 from domainbed_ext.job_files import mark_done
 from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.plan import make_jobs
-from domainbed_ext.scripts.sweep import build_parser, main
+from domainbed_ext.scripts.sweep import main
+from domainbed_ext.sweep_flags import build_parser
 
 # Debug28: 3 domains of 16 images; 301 steps, a record at 0, 100, 200 and 300.
 ARGS = {"dataset": "Debug28", "algorithm": "LTDR", "test_envs": [0]}

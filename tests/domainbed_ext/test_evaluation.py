@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from domainbed_ext import loaders as loaders_module
+from domainbed_ext import decoding_workers
 from domainbed_ext.datasets.base import ArrayEnvironment, EnvSplit, FileEnvironment
 from domainbed_ext.errors import UsageError
 from domainbed_ext.evaluation import evaluate, predicted_classes
@@ -149,13 +149,13 @@ def test_each_image_is_decoded_and_predicted_once(tmp_path, num_workers):
 
 def test_processes_are_started_once_for_all_splits(tmp_path, monkeypatch):
     started = []
-    real = loaders_module.DataLoader
+    real = decoding_workers.DataLoader
 
     def counting(*arguments, **options):
         started.append(options["num_workers"])
         return real(*arguments, **options)
 
-    monkeypatch.setattr(loaders_module, "DataLoader", counting)
+    monkeypatch.setattr(decoding_workers, "DataLoader", counting)
     loaders = {
         name: EvalBatches(split, batch_size=4, transform=first_pixel, num_workers=2)
         for name, split in splits_of_files(tmp_path, [5, 3]).items()

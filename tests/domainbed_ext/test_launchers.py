@@ -12,7 +12,7 @@ from domainbed_ext.errors import UsageError
 from domainbed_ext.launchers import REGISTRY, TRAIN_MODULE, devices
 from domainbed_ext.launchers.local import LocalLauncher, default_workers
 from domainbed_ext.launchers.multi_gpu import MultiGpuLauncher
-from domainbed_ext.scripts.sweep import build_parser
+from domainbed_ext.sweep_flags import build_parser
 from domainbed_ext.train_args import TrainArgs
 
 

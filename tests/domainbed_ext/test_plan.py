@@ -6,7 +6,7 @@ import pytest
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.plan import make_jobs, pruning_words
-from domainbed_ext.scripts.sweep import build_parser
+from domainbed_ext.sweep_flags import build_parser
 from tests.short_sweeps import ONE_EACH, plan
 from tests.upstream_checkout import ask_upstream, needs_upstream
 

@@ -18,8 +18,9 @@ from domainbed_ext.job_files import mark_done, mark_failed
 from domainbed_ext.job_locks import JobBusyError
 from domainbed_ext.records import load_records, read_records
 from domainbed_ext.scripts.collect_results import main as collect
-from domainbed_ext.scripts.sweep import build_parser, main
+from domainbed_ext.scripts.sweep import main
 from domainbed_ext.scripts.train import parse_args
+from domainbed_ext.sweep_flags import build_parser
 from domainbed_ext.training_job import train as run_train
 from tests.short_sweeps import DEBUG, job_folders, plan, run_sweep
 

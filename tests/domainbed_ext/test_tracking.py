@@ -19,7 +19,7 @@ from domainbed_ext.distributed import Ranks
 from domainbed_ext.errors import UsageError
 from domainbed_ext.plan import make_jobs
 from domainbed_ext.records import read_records
-from domainbed_ext.scripts.sweep import build_parser
+from domainbed_ext.sweep_flags import build_parser
 from domainbed_ext.tracking import EVENTS_GLOB, TensorBoard, scalars, tracked
 from domainbed_ext.train_args import TrainArgs
 from domainbed_ext.train_checks import check_args
