@@ -135,10 +135,10 @@ def _difference_table(
         texts = [_difference(row) for _, row in cells.iterrows()]
         rows.append([*map(str, labels), *texts, _counts(cells["pairs"])])
     found = frame["mean"].notna()
-    notes = _reasons(frame[~found], "environment", "X", places=len(frame))
+    notes = _reasons(frame[~found], "environment", "X", of=frame)
     what, _, why = ONE_PAIR.partition(": ")
     alone = frame[frame["reason"] == ONE_PAIR].assign(reason=why)
-    notes += _reasons(alone, "environment", what, places=int(found.sum()))
+    notes += _reasons(alone, "environment", what, of=frame[found])
     notes.append(
         "mean of the differences of trials on the same splits [95 % confidence interval, "
         "Student's t]"
@@ -207,23 +207,29 @@ def _counts(counts: pd.Series) -> str:
 def _footnotes(frame: pd.DataFrame, columns: str) -> list[str]:
     averaged = (columns == "environment") & (frame["environment"] == AVERAGE)
     missing = frame[(frame["reason"] != "") & ~averaged]
-    return _reasons(missing, columns, "X", places=int((~averaged).sum()))
+    return _reasons(missing, columns, "X", of=frame[~averaged])
 
 
-def _reasons(missing: pd.DataFrame, columns: str, what: str, *, places: int) -> list[str]:
-    """One line for each reason, saying where it applies unless that is everywhere. Reasons that
-    differ in a number at their end, "no run with test_envs [0]" and "... [1]", share a line.
+def _reasons(missing: pd.DataFrame, columns: str, what: str, *, of: pd.DataFrame) -> list[str]:
+    """One line for each reason, saying where it applies unless that is everywhere in `of`. Reasons
+    that differ in a number at their end, "no run with test_envs [0]" and "... [1]", share a line.
     """
     notes = []
     missing = missing[missing["reason"] != NEEDS_EVERY_DOMAIN]
     common = missing["reason"].str.replace(_LAST_NUMBER, "", regex=True)
     for shared, rows in missing.groupby(common, sort=False):
         numbers = [reason.removeprefix(str(shared)) for reason in rows["reason"].unique()]
-        reason = f"{shared}{', '.join(numbers)}"
-        where = [
-            f"{algorithm} ({', '.join(dict.fromkeys(own[columns]))})"
-            for algorithm, own in rows.groupby("algorithm", sort=False)
-        ]
-        at = "" if len(rows) == places else f" at {'; '.join(where)}"
-        notes.append(f"{what}{at}: {reason}")
+        at = "" if len(rows) == len(of) else f" at {_where(rows, columns, of)}"
+        notes.append(f"{what}{at}: {shared}{', '.join(numbers)}")
     return notes
+
+
+def _where(rows: pd.DataFrame, columns: str, of: pd.DataFrame) -> str:
+    """The columns of the rows, with their algorithms where they are not those of all."""
+    algorithms: dict[str, list[str]] = {}
+    for algorithm, own in rows.groupby("algorithm", sort=False):
+        places = ", ".join(dict.fromkeys(own[columns]))
+        algorithms.setdefault(places, []).append(str(algorithm))
+    if [*algorithms.values()] == [[*of["algorithm"].unique()]]:
+        return next(iter(algorithms))
+    return "; ".join(f"{', '.join(names)} ({places})" for places, names in algorithms.items())

@@ -108,7 +108,7 @@ def test_plain_text_is_the_default_away_from_a_terminal(sweep, capsys):
     assert default.isascii()
     assert "| ERM       | 60.0 +/- 7.1 | 20.0 | 90.0 | 56.7 | 1 to 2 |" in default
     assert (
-        "X at ERM (1, 2): leave-one-domain-out needs the runs with test_envs [1, 2] too" in default
+        "X at 1, 2: leave-one-domain-out needs the runs with test_envs [1, 2] too" in default
     )
     assert "13 records of 10 jobs." in default
 
@@ -135,7 +135,16 @@ def test_domains_that_were_not_run_share_a_line(tmp_path, capsys):
     write_sweep(tmp_path, records)
     arguments = ["--input_dir", tmp_path, "--selection", "training-domain"]
     printed = _run(collect_results.main, *arguments, capsys=capsys).out
-    assert "X at ERM (1, 2): no run with test_envs [1], [2]\n" in printed
+    assert "X at 1, 2: no run with test_envs [1], [2]\n" in printed
+
+    # and so do algorithms that lack the same ones
+    accuracies = {"in_acc": [0.5] * 3, "out_acc": [0.5] * 3}
+    more = [make_record([0], algorithm=name, **accuracies) for name in ("GMOE", "LTDR")]
+    more += [make_record([env], algorithm="ERM_ViT", **accuracies) for env in range(3)]
+    write_sweep(tmp_path / "more", [*records, *more])
+    arguments[1] = tmp_path / "more"
+    printed = _run(collect_results.main, *arguments, capsys=capsys).out
+    assert "X at ERM, GMOE, LTDR (1, 2): no run with test_envs [1], [2]\n" in printed
 
 
 def test_selection_limits_the_tables(sweep, capsys):

@@ -198,8 +198,8 @@ def test_the_table_says_how_and_what_is_missing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Debug28: test accuracy minus that of ERM_ViT, in points, selected by test-" in printed
     assert "| LTDR      | +1.0 | X | +3.0 [-4.5, +10.5] |   X | 1 to 3 |" in printed
-    assert "X at LTDR (1): LTDR: no run with test_envs [1]" in printed
-    assert "no interval at LTDR (0): one pair of trials\n" in printed
+    assert "X at 1: LTDR: no run with test_envs [1]" in printed
+    assert "no interval at 0: one pair of trials\n" in printed
     assert "[95 % confidence interval, Student's t]" in printed
 
 
