@@ -107,9 +107,7 @@ def test_plain_text_is_the_default_away_from_a_terminal(sweep, capsys):
     assert default == rich
     assert default.isascii()
     assert "| ERM       | 60.0 +/- 7.1 | 20.0 | 90.0 | 56.7 | 1 to 2 |" in default
-    assert (
-        "X at 1, 2: leave-one-domain-out needs the runs with test_envs [1, 2] too" in default
-    )
+    assert "X at 1, 2: leave-one-domain-out needs the runs with test_envs [1, 2] too" in default
     assert "13 records of 10 jobs." in default
 
 
