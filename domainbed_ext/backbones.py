@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from domainbed_ext.distributed import current_ranks
 from domainbed_ext.errors import UsageError
 from gmoe_ltdr import MoESpec, TailRule, preset
+from gmoe_ltdr.upcycle import num_prefix_tokens
 
 _SELECTIONS: dict[str, dict[str, Any]] = {
     "vtt": {"kind": "mean"},
@@ -127,6 +129,20 @@ def timm_arguments(
         "img_size": tuple(input_shape[1:]),
         "drop_path_rate": hparams["drop_path"],
     }
+
+
+def check_class_token(
+    network: nn.Module, hparams: Mapping[str, Any], what: str, *, instead: str = "modality"
+) -> None:
+    """Refuses a hyper-parameter that `what` begins to describe on a network without class or
+    register tokens.
+    """
+    if not num_prefix_tokens(network):
+        raise UsageError(
+            f"{what} for the class token, but the blocks of backbone={hparams['backbone']!r} have "
+            "neither that nor register tokens; choose one that has (on EmojiDG "
+            f"'vit_dim128_stem16_reg1_64'), or {instead!r}"
+        )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ random draws.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from domainbed_ext.errors import UsageError
@@ -191,105 +190,6 @@ def check_value(name: str, value: object) -> Any:
         raise UsageError(
             f"hparam {name}={_shown(value)} is impossible; expected {values.describe()}"
         ) from None
-
-
-def check_together(hparams: Mapping[str, Any]) -> None:
-    """Refuses values that are possible one by one but not side by side. Looks only at the names
-    present.
-    """
-    num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
-    tail_top_k = hparams.get("ltdr_tail_top_k")
-    if num_experts is not None and top_k is not None and top_k > num_experts:
-        raise UsageError(
-            f"hparam moe_top_k={top_k} exceeds moe_num_experts={num_experts}; "
-            "lower moe_top_k or add experts"
-        )
-    if tail_top_k and num_experts is not None and tail_top_k > num_experts:
-        raise UsageError(
-            f"hparam ltdr_tail_top_k={tail_top_k} exceeds moe_num_experts={num_experts}; "
-            "lower it, or pass 0 for all"
-        )
-    if tail_top_k and top_k is not None and tail_top_k < top_k:
-        raise UsageError(
-            f"hparam ltdr_tail_top_k={tail_top_k} is below moe_top_k={top_k}: "
-            "a tail token would get fewer experts than others; raise it, or pass 0 for all experts"
-        )
-    _check_expert_choice(hparams)
-    _check_pool(hparams)
-    _check_universal_expert(hparams)
-    _check_stages(hparams)
-    _check_distillation(hparams)
-
-
-def _check_distillation(hparams: Mapping[str, Any]) -> None:
-    beta = hparams.get("distill_beta")
-    if beta is not None and 0 < beta < 1:
-        raise UsageError(
-            f"hparam distill_beta={beta} has an infinite gradient where student and teacher agree; "
-            "pass 0, or 1 or more"
-        )
-
-
-def _check_expert_choice(hparams: Mapping[str, Any]) -> None:
-    if hparams.get("ltdr_selection") != "expert_choice":
-        return
-    for name in ("ltdr_tail_scope", "ltdr_eval_tail_scope"):
-        if hparams.get(name, "batch") not in ("batch", "image"):
-            raise UsageError(
-                f"hparam {name}={hparams[name]!r}: with ltdr_selection='expert_choice' experts "
-                "choose among the tokens of the 'batch' or of each 'image'"
-            )
-    if hparams.get("ltdr_tail_top_k"):
-        raise UsageError(
-            f"hparam ltdr_tail_top_k={hparams['ltdr_tail_top_k']} has no meaning with "
-            "ltdr_selection='expert_choice', where a token has as many experts as choose it; pass 0"
-        )
-
-
-def _check_pool(hparams: Mapping[str, Any]) -> None:
-    initial, most = hparams.get("moe_num_experts"), hparams.get("dynamic_max_experts")
-    if initial is not None and most is not None and most < initial:
-        raise UsageError(
-            f"hparam dynamic_max_experts={most} is below moe_num_experts={initial}, the size of "
-            "the pool at the start; raise it, or start with fewer experts"
-        )
-
-
-def _check_universal_expert(hparams: Mapping[str, Any]) -> None:
-    num_experts, top_k = hparams.get("moe_num_experts"), hparams.get("moe_top_k")
-    if not hparams.get("cluster_universal") or num_experts is None or top_k is None:
-        return
-    if top_k >= num_experts:
-        raise UsageError(
-            f"hparam cluster_universal=true leaves {num_experts - 1} of "
-            f"moe_num_experts={num_experts} to choose from, fewer than moe_top_k={top_k}; lower "
-            "moe_top_k or add experts"
-        )
-
-
-def _check_stages(hparams: Mapping[str, Any]) -> None:
-    dense, evolution = hparams.get("evomoe_dense_share"), hparams.get("evomoe_evolution_share")
-    if dense is not None and evolution is not None and dense + evolution >= 1:
-        raise UsageError(
-            f"hparams evomoe_dense_share={dense} and evomoe_evolution_share={evolution} leave no "
-            "step to train a router; lower one of them"
-        )
-    if dense == 0 and hparams.get("evomoe_train_head") is False:
-        raise UsageError(
-            "hparams evomoe_dense_share=0.0 and evomoe_train_head=false would never train the "
-            "classifier; raise the share, or pass true"
-        )
-
-    if hparams.get("moe_backend") == "dense" and hparams.get("moe_dispatcher", "local") != "local":
-        raise UsageError(
-            f"hparam moe_backend='dense' computes all experts on one device, which "
-            f"moe_dispatcher={hparams['moe_dispatcher']!r} does not; change one of them"
-        )
-    if hparams.get("weight_averaging") == "swad" and hparams.get("ema_decay"):
-        raise UsageError(
-            f"hparam ema_decay={hparams['ema_decay']} belongs to weight_averaging='ema', not "
-            "'swad'; leave one of them out"
-        )
 
 
 def read_json_object(json_text: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from domainbed_ext.errors import UsageError
+from domainbed_ext.hparam_conflicts import check_together
 from domainbed_ext.hparam_draws import (
     Draw,
     HParam,
@@ -26,7 +27,7 @@ from domainbed_ext.hparam_draws import (
     one_of,
     power_of_two,
 )
-from domainbed_ext.hparam_values import check_together, check_value, read_json_object
+from domainbed_ext.hparam_values import check_value, read_json_object
 from domainbed_ext.router_hparams import ROUTER_HPARAMS
 from domainbed_ext.training_hparams import averaging, erm, speed
 

@@ -14,6 +14,8 @@ from domainbed_ext.hparam_draws import HParam, fixed, log_uniform, one_of
 # Rows of LTDR's table 6: number x width of the shared experts, and of the routed ones.
 DEEPSEEK_SETTINGS = ("1x1.0+3x1.0", "1x1.0+12x0.25", "1x1.0+16x0.25")
 
+DEFAULT_SELECTION_FRACTION = 0.15
+
 # Rows of LTDR's table 11; DAR there is upon the first row.
 GROUPS_SETTINGS = (
     *("v2Top1-t2Top1", "v4Top2-t4Top2"),
@@ -48,7 +50,7 @@ def tail() -> list[HParam]:
         fixed("ltdr_tail_scope", "batch"),
         fixed("ltdr_eval_tail_scope", "image"),
         fixed("ltdr_selection", "vtt"),
-        fixed("ltdr_selection_fraction", 0.15),
+        fixed("ltdr_selection_fraction", DEFAULT_SELECTION_FRACTION),
         fixed("ltdr_second_expert", "argmax"),
         fixed("ltdr_sharpening", "none"),
         fixed("ltdr_sharpening_strength", 0.0),

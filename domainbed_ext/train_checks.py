@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from domainbed_ext.datasets import environment_names, get_dataset_class
 from domainbed_ext.datasets.image_cache_flags import image_cache_options
 from domainbed_ext.errors import UsageError
-from domainbed_ext.hparam_values import check_together
+from domainbed_ext.hparam_conflicts import check_together
 from domainbed_ext.hparams import (
     default_hparams,
     parse_hparams,

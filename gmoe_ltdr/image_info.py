@@ -5,7 +5,8 @@
 
 A ViT's blocks pass tokens on and nothing else, so this reaches a layer through its `context_of`, as
 part of the `TokenContext`. It stays until it is set again, since activation checkpointing runs a
-layer a second time during backward.
+layer a second time during backward. So with checkpointing, call backward before it is set for the
+next forward: the second run would be told about the wrong images.
 """
 
 from __future__ import annotations

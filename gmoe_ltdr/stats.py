@@ -4,7 +4,7 @@
     with collect_routing(model) as routings:
         model(images)
     stats.add(routings)
-    stats.of("blocks.8.mlp").load      # share of each expert in the first choices
+    stats.of("blocks.8.mlp").load_E    # share of each expert in the first choices
 
 All of it comes from sums over tokens. So the statistics of several batches, runs or machines can be
 added, and no number is read from a device before it is asked for. Nothing carries a gradient.
@@ -259,9 +259,11 @@ def _columns(plan: Routing) -> dict[str, Tensor]:
     """What is summed, for each token: (T,) or (T, width)."""
     probs_TE, tail_T = plan.probs_TE.detach(), plan.tail_mask_T
     experts_E = torch.arange(plan.num_experts, device=probs_TE.device)
-    # argmax takes the first of equals, as `expert_rank` does
-    first_T1 = plan.selection_logits_TE.argmax(-1, keepdim=True)
     selected_TE = plan.selected_mask_TE
+    # The best of those it got, as not every router gives a token what its logits prefer, or any;
+    # argmax takes the first of equals, as `expert_rank` does.
+    own_TE = plan.selection_logits_TE.masked_fill(~selected_TE, -torch.inf)
+    first_T1 = own_TE.argmax(-1, keepdim=True)
     rpv_T = routing_probability_variance(probs_TE)
     return {
         "images": torch.zeros_like(rpv_T),  # filled in per image
@@ -271,7 +273,7 @@ def _columns(plan: Routing) -> dict[str, Tensor]:
         "entropy": _relative_entropy(probs_TE, plan.open_TE),
         "rpv": rpv_T,
         "tail_rpv": rpv_T * tail_T,
-        "first": first_T1 == experts_E,
+        "first": (first_T1 == experts_E) & selected_TE,
         "selected": selected_TE,
         "probs": probs_TE,
         "open": plan.open_TE,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import Mlp
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -93,10 +94,15 @@ def upcycle_(model: nn.Module, spec: MoESpec, *, ep_group: ProcessGroup | None =
     # only to raise what is wrong with them before anything is changed
     create_dispatcher(spec.dispatcher, num_experts=spec.num_experts, group=ep_group)
 
-    for index in indices:
-        block = blocks[index]
-        prefix = _num_prefix_tokens(model)
-        block.mlp = _sparse_copy(block, spec, num_prefix_tokens=prefix, ep_group=ep_group)
+    prefix = num_prefix_tokens(model)
+    sparse = {
+        index: _sparse_copy(blocks[index].mlp, spec, num_prefix_tokens=prefix, ep_group=ep_group)
+        for index in indices
+    }
+    for index, layer in sparse.items():
+        if isinstance(layer.context_of, AttentionContext):
+            blocks[index].attn.register_forward_hook(layer.context_of.watch)
+        blocks[index].mlp = layer
     return model
 
 
@@ -128,20 +134,16 @@ def _first_expert(experts: StackedExperts) -> Mlp:
 
 
 def _sparse_copy(
-    block: Any, spec: MoESpec, *, num_prefix_tokens: int, ep_group: ProcessGroup | None
+    mlp: Any, spec: MoESpec, *, num_prefix_tokens: int, ep_group: ProcessGroup | None
 ) -> MoE:
-    mlp = block.mlp
-    context_of = VisionContext(num_prefix_tokens)
-    if spec.tail_rule.kind == "attention":
-        context_of = AttentionContext(num_prefix_tokens)
-        block.attn.register_forward_hook(context_of.watch)
+    reads_attention = spec.tail_rule.kind == "attention"
     moe = MoE(
         mlp.fc1.in_features,
         mlp.fc1.out_features,
         spec,
         act_layer=type(mlp.act),
         bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None),
-        context_of=context_of,
+        context_of=(AttentionContext if reads_attention else VisionContext)(num_prefix_tokens),
         ep_group=ep_group,
     )
     moe.experts.act = mlp.act  # with its own settings, e.g. the tanh approximation of GELU
@@ -175,15 +177,24 @@ def _check_mlp(mlp: nn.Module, *, name: str) -> None:
 
 
 def _check_attention(model: nn.Module, block: nn.Module, *, name: str) -> None:
-    if _num_prefix_tokens(model) < 1:
+    if num_prefix_tokens(model) < 1:
         raise ValueError(
             "selection by attention (IAT) asks what the class token attends to, "
             "but this model has none; use another TailRule"
         )
     attention = getattr(block, "attn", None)
-    if not all(hasattr(attention, part) for part in ("qkv", "q_norm", "k_norm", "num_heads")):
-        raise TypeError(f"{name} is not timm's Attention, so its attention map cannot be read")
+    # Not a class derived from it, and not one like it: rotary positions, biases of its own or
+    # differences of maps would make other scores.
+    if type(attention) is not Attention:
+        raise TypeError(
+            f"{name} is a {type(attention).__name__} and not timm's plain Attention, whose "
+            "attention map can be read; use another TailRule"
+        )
 
 
-def _num_prefix_tokens(model: nn.Module) -> int:
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Class and register tokens among the tokens of the model's `blocks`."""
+    # CaiT and XCiT add the class token in layers of their own behind the blocks.
+    if any(hasattr(model, name) for name in ("blocks_token_only", "cls_attn_blocks")):
+        return 0
     return int(getattr(model, "num_prefix_tokens", 0))

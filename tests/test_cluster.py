@@ -115,6 +115,9 @@ def test_what_is_missing_is_said():
     fresh = create_router(2, MoESpec(router="cluster"))
     with pytest.raises(ValueError, match="no centroids"):
         route(fresh, images([1.0, 2.0]))
+    limited = MoESpec(router="cluster", capacity_factor=1.0, router_options={"universal": True})
+    with pytest.raises(ValueError, match=r"capacity_factor=1\.0 would keep images from the univ"):
+        create_router(2, limited)
     for options in ({"temperature": 0.0}, {"num_clusters": 0}):
         with pytest.raises(ValueError, match="positive temperature"):
             create_router(2, MoESpec(router="cluster", router_options=options))

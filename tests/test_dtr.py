@@ -99,8 +99,10 @@ def test_kinds_of_tokens_have_hypernetworks_of_their_own():
             router.hypernetworks[0].fc2.bias.fill_(2.0)
         changed = (router(tokens, context).logits_TE != before).any(-1)
         assert changed.tolist() == of_first
-    # in a model without class tokens
-    plain = router(tokens, TokenContext(modality))
+    with pytest.raises(ValueError, match="this model has none; use 'shared'"):
+        router(tokens, TokenContext(modality))
+    # where all tokens are of one kind
+    plain = router(tokens, TokenContext(modality, is_cls_BL=torch.zeros_like(is_cls)))
     (balance_loss([plain], router.spec) + plain.combine_weights_TE.sum()).backward()
     assert all(p.grad is not None for p in router.parameters())
 

@@ -156,6 +156,23 @@ def test_what_is_counted_apart_adds_up():
     assert whole.of().rpv == pytest.approx(whole.of("a").rpv)
 
 
+@pytest.mark.parametrize(
+    ("selected", "first"),
+    [
+        # what the logits prefer is not always what a token gets
+        ([[0, 1, 0, 0]], [0, 1, 0, 0]),
+        ([[0, 1, 1, 0]], [0, 0, 1, 0]),
+        ([[0, 1, 1, 0], [0, 0, 0, 0]], [0, 0, 1, 0]),  # nobody has chosen the second token
+        ([[1, 0, 0, 0], [0, 1, 0, 1]], [0.5, 0, 0, 0.5]),
+    ],
+)
+def test_the_first_choice_is_one_that_the_token_got(selected, first):
+    mask = torch.tensor(selected).bool()
+    preferred = torch.tensor([[4.0, 1, 2, 3]]).expand(len(mask), -1)
+    routing = plan(mask, logits_TE=preferred)
+    assert stats_of(routing).of("layer").load_E.tolist() == first
+
+
 def test_what_cannot_be_added():
     stats = stats_of(decide(ABCD))
     with pytest.raises(ValueError, match="cannot take in"):

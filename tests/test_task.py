@@ -126,6 +126,15 @@ def test_hard_sends_an_image_to_the_expert_of_its_task():
     assert not list(router.parameters())
 
 
+def test_hard_experts_without_a_task_are_closed_and_not_dead():
+    router = router_of("hard", num_tasks=3)
+    plan = router(torch.randn(6, 4), images(2, [0, 1, 2]))
+    assert plan.open_TE.tolist() == [[True, True, True, False]] * 6
+    assert plan.logits_TE.isfinite().all()
+    with pytest.raises(ValueError, match=r"an image is of task 3, and .* knows tasks 0 to 2"):
+        router.eval()(torch.randn(2, 4), images(2, [3]))
+
+
 def test_hard_of_an_unseen_domain_mixes_the_trained_experts():  # TV-C1c
     plan = router_of("hard", num_tasks=3).eval()(torch.randn(2, 4), images(2, batch=1))
     expected = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0])

@@ -146,6 +146,32 @@ def test_what_cannot_be_copied_is_refused_and_left_alone():
         upcycle_(no_class_token, preset("ltdr", tail_rule=TailRule(kind="attention")))
 
 
+@pytest.mark.parametrize("layer", ["AttentionRope", "DiffAttention"])
+def test_attention_of_another_kind_is_not_taken_for_the_plain_one(layer):
+    """They have the same parts, and make other scores of them."""
+    model = tiny_dense_vit(attn_layer=getattr(timm.layers, layer))
+    with pytest.raises(TypeError, match=rf"blocks\.0\.attn is a {layer} and not timm's plain"):
+        upcycle_(model, preset("ltdr", tail_rule=TailRule(kind="attention")))
+
+
+def test_a_class_token_that_joins_behind_the_blocks_is_none_of_their_tokens():
+    cait = timm.create_model("cait_xxs24_224", img_size=32, num_classes=2)
+    model = upcycle_(cait, preset("ltdr", layers=(0,), tail_rule=TailRule(cls="exclude"))).eval()
+    with collect_routing(model) as routings, torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert routings["blocks.0.mlp"].shape_BL == (1, 4)  # four patches and nothing before them
+    assert model.blocks[0].mlp.context_of.num_prefix_tokens == 0
+
+
+def test_nothing_is_left_behind_when_a_router_cannot_be_made():
+    model = tiny_dense_vit()
+    rule = TailRule(kind="attention")
+    with pytest.raises(ValueError, match="sharpening"):
+        upcycle_(model, preset("ltdr", tail_rule=rule, router_options={"sharpening_strength": 1}))
+    assert not moe_layers(model)
+    assert not any(block.attn._forward_hooks for block in model.blocks)
+
+
 def test_precision_and_mode_are_kept():
     dense = tiny_dense_vit().bfloat16().eval()
     sparse = upcycle_(dense, preset("ltdr"))

@@ -11,7 +11,11 @@ from torch import Tensor
 from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.router_health import RouterHealth
 from domainbed_ext.algorithms.sparse import SparseViT
-from domainbed_ext.backbones import expert_parallel_group, spec_from_hparams
+from domainbed_ext.backbones import (
+    check_class_token,
+    expert_parallel_group,
+    spec_from_hparams,
+)
 from domainbed_ext.distributed import current_ranks
 from domainbed_ext.errors import UsageError
 from gmoe_ltdr import moe_layers
@@ -94,6 +98,13 @@ class EVOMOE(SparseViT):
                 "rank": self.hparams["evomoe_rank"],
             },
         )
+
+    def create_network(self, input_shape, num_classes):
+        network = super().create_network(input_shape, num_classes)
+        if self.hparams["evomoe_hypernetworks"] == "cls":
+            what = "hparam evomoe_hypernetworks='cls' keeps a network"
+            check_class_token(network, self.hparams, what, instead="shared")
+        return network
 
     def update(self, minibatches, unlabeled=None):
         # not at the end of a step, so that a stage's last evaluation is of what it has trained

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from domainbed_ext.algorithms.base import register_algorithm
 from domainbed_ext.algorithms.sparse import SparseViT
-from domainbed_ext.backbones import spec_from_hparams
-from domainbed_ext.errors import UsageError
+from domainbed_ext.backbones import check_class_token, spec_from_hparams
 
 
 @register_algorithm
@@ -21,10 +20,6 @@ class GROUPS(SparseViT):
 
     def create_network(self, input_shape, num_classes):
         network = super().create_network(input_shape, num_classes)
-        if self.hparams["groups_by"] == "cls" and not getattr(network, "num_prefix_tokens", 0):
-            raise UsageError(
-                f"hparam groups_by='cls' keeps experts for the class token, but "
-                f"backbone={self.hparams['backbone']!r} has neither that nor register tokens; "
-                "choose one that has (on EmojiDG 'vit_dim128_stem16_reg1_64'), or 'modality'"
-            )
+        if self.hparams["groups_by"] == "cls":
+            check_class_token(network, self.hparams, "hparam groups_by='cls' keeps experts")
         return network

@@ -59,6 +59,11 @@ class ClusterRouter(ImageLevelRouter):
                 f"router 'cluster' needs a cluster and a positive temperature, got "
                 f"num_clusters={num_clusters} and temperature={self.temperature}"
             )
+        if self.num_choices < spec.num_experts and spec.capacity_factor is not None:
+            raise ValueError(
+                f"capacity_factor={spec.capacity_factor} would keep images from the universal "
+                "expert, which computes every one; leave one of them out"
+            )
         if spec.top_k > self.num_choices:
             raise ValueError(
                 f"top_k={spec.top_k} exceeds the {self.num_choices} experts that are left beside "

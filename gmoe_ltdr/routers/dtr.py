@@ -122,7 +122,10 @@ class DynamicTokenAwareRouter(TokenChoiceRouter):
         if self.kinds == "modality":
             first_BL = context.modality_BL == int(Modality.LANGUAGE)
         elif context.is_cls_BL is None:
-            first_BL = torch.zeros_like(context.modality_BL, dtype=torch.bool)
+            raise ValueError(
+                "router_options['hypernetworks']='cls' keeps a network for the class token, but "
+                "this model has none; use 'shared', or a model with a class token"
+            )
         else:
             first_BL = context.is_cls_BL
         return torch.where(first_BL.reshape(-1, 1), embedded_TD, self.hypernetworks[1](tokens_TD))

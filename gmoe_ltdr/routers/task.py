@@ -20,7 +20,7 @@ from gmoe_ltdr.capacity import CAPACITY_OPTIONS, limit_as_specified
 from gmoe_ltdr.routers.base import Router, check_router_options, is_recomputed, register_router
 from gmoe_ltdr.routers.image_level import image_means, spread_over_tokens
 from gmoe_ltdr.routers.token_choice import TokenChoiceRouter
-from gmoe_ltdr.routing import Modality, Routing, TokenContext
+from gmoe_ltdr.routing import CLOSED, Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
 
 _NUM_FEATURES = 32
@@ -175,21 +175,32 @@ class HardTaskRouter(Router):
                     self._move_prototypes(means_BD, task_B, real_BL.any(1))
                 if task_B is None:
                     task_B = self._nearest_task(means_BD)
+            has_task_E = torch.arange(spec.num_experts, device=tokens_TD.device) < self.num_trained
             if task_B is not None:
+                self._check_tasks(task_B)
                 probs_BE = F.one_hot(task_B % spec.num_experts, spec.num_experts).float()
             else:
-                has_task_E = torch.arange(spec.num_experts, device=tokens_TD.device)
-                has_task_E = has_task_E < self.num_trained
                 probs_BE = (has_task_E / self.num_trained).expand(real_BL.shape[0], -1)
+            # finite, as losses multiply logits by zero
+            logits_BE = probs_BE.clamp(min=torch.finfo(torch.float32).tiny).log()
             routing = spread_over_tokens(
                 context.modality_BL,
-                # finite, as losses multiply logits by zero
-                logits_BE=probs_BE.clamp(min=torch.finfo(torch.float32).tiny).log(),
+                logits_BE=torch.where(has_task_E, logits_BE, CLOSED),
                 mask_BE=probs_BE > 0,
                 weights_BE=probs_BE,
                 max_experts_per_token=1 if task_B is not None else self.num_trained,
             )
             return limit_as_specified(routing, spec, training=self.training)
+
+    def _check_tasks(self, task_B: Tensor) -> None:
+        # on a GPU this would wait for the device
+        if task_B.is_cpu and not torch.compiler.is_compiling() and len(task_B):
+            most = int(task_B.max())
+            if most >= self.num_tasks:
+                raise ValueError(
+                    f"an image is of task {most}, and router 'task_hard' knows tasks 0 to "
+                    f"{self.num_tasks - 1}; tell no domain_B for images of other domains"
+                )
 
     def _move_prototypes(self, means_BD: Tensor, task_B: Tensor, counts_B: Tensor) -> None:
         """Towards the mean of this batch's images of each task; the first such mean is taken."""

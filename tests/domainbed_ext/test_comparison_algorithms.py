@@ -295,6 +295,9 @@ def test_a_backbone_without_a_class_token_has_no_group_for_it():
     with pytest.raises(UsageError, match="groups_by='cls' keeps experts for the class") as caught:
         get_algorithm_class("GROUPS")(shape, 16, 3, hparams)
     assert "\n" not in str(caught.value)
+    evomoe = {**default_hparams("EVOMOE", "EmojiDG"), "schedule_steps": 10}
+    with pytest.raises(UsageError, match=r"evomoe_hypernetworks='cls' keeps a network .* 'shared'"):
+        get_algorithm_class("EVOMOE")(shape, 16, 3, {**evomoe, "evomoe_hypernetworks": "cls"})
     hparams["backbone"] = "vit_dim128_stem16_reg1_64"
     assert repr(hparams["backbone"]) in str(caught.value)
 

@@ -283,6 +283,14 @@ def test_an_integer_is_taken_for_a_float():
         ('{"moe_top_k": 2, "ltdr_tail_top_k": 1}', "fewer experts"),
         ('{"ltdr_selection": "expert_choice", "ltdr_tail_scope": "ema"}', "of the 'batch' or of"),
         ('{"ltdr_selection": "expert_choice", "ltdr_tail_top_k": 4}', "has no meaning with"),
+        (
+            '{"ltdr_selection": "vtt", "ltdr_selection_fraction": 0.2}',
+            "0.2 has no meaning with ltdr_selection='vtt'",
+        ),
+        (
+            '{"ltdr_sharpening": "none", "ltdr_sharpening_strength": 1}',
+            "has no meaning without ltdr_sharpening",
+        ),
     ],
 )
 def test_bad_hparams_are_refused_in_one_line(text, complaint):

@@ -243,6 +243,21 @@ BAD_INPUT = {
     "hparam": (["--hparams", '{"moe_topk": 1}', "--algorithm", "LTDR"], "unknown hparam"),
     "hparam of another algorithm": (["--hparams", '{"moe_top_k": 1}'], "unknown hparam"),
     "hparam value": (["--hparams", '{"batch_size": -1}'], "batch_size"),
+    "hparam without effect": (
+        ["--algorithm", "LTDR", "--hparams", '{"ltdr_selection_fraction": 0.2}'],
+        "0.2 has no meaning with ltdr_selection='vtt'",
+    ),
+    "hparam of a universal expert": (
+        [
+            *("--algorithm", "CLUSTER"),
+            *("--hparams", '{"cluster_universal": true, "moe_capacity_factor": 1.5}'),
+        ],
+        "moe_capacity_factor=1.5 would keep images from the universal expert",
+    ),
+    "engine that STGC cannot use": (
+        ["--algorithm", "STGC", "--hparams", '{"moe_backend": "dense"}'],
+        "STGC compares the gradients of each expert's own tokens",
+    ),
     "JSON": (["--hparams", "{lr: 1}"], "JSON"),
     "test environment": (["--test_envs", "3"], "out of range for Debug28; choose among 0 0, 1 1"),
     "negative test environment": (["--test_envs", "-1"], "out of range"),
