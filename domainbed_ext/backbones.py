@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from domainbed_ext.distributed import current_ranks
 from domainbed_ext.errors import UsageError
 from gmoe_ltdr import MoESpec, TailRule, preset
+from gmoe_ltdr.models import PretrainedWeightsError
 from gmoe_ltdr.upcycle import num_prefix_tokens
 
 _SELECTIONS: dict[str, dict[str, Any]] = {
@@ -150,6 +151,13 @@ def hparams_are_to_blame(hparams: Mapping[str, Any]) -> Iterator[None]:
     """Turn what is wrong with a backbone into one line about the hparams that chose it."""
     try:
         yield
+    except PretrainedWeightsError as error:
+        raise UsageError(
+            f"the pretrained weights of backbone={hparams['backbone']!r} could not be loaded "
+            f"({error.reason}); run this once where there is a network and take the cache along "
+            "(HF_HOME, or ~/.cache/huggingface), or pass --hparams '{\"pretrained\": false}' to "
+            "start from random weights"
+        ) from error
     except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             f"hparams backbone={hparams['backbone']!r}, pretrained={hparams['pretrained']}: {error}"

@@ -120,7 +120,9 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     try:
         return _read(path)
     except DamagedFileError as error:
-        raise UsageError(_unusable(path, error)) from None
+        raise UsageError(
+            f"{path} is damaged ({error}); delete it to start that run from its first step"
+        ) from None
 
 
 def _last_whole(folder: Path, found: list[Checkpoint]) -> Path | None:
@@ -141,7 +143,10 @@ def _last_whole(folder: Path, found: list[Checkpoint]) -> Path | None:
     try:
         found.append(_read(previous))
     except DamagedFileError as error:
-        raise UsageError(_unusable(previous, error)) from None
+        damaged = f"{previous} is damaged ({error})"
+        if problem is not None:
+            damaged = f"{last} ({problem}) and {previous} ({error}) are damaged"
+        raise UsageError(f"{damaged}; delete them to start that run from its first step") from None
     if problem is not None:
         print(f"{last} is damaged ({problem}): going on from the checkpoint before it")
         last.unlink()  # or it would take the place of the good one when the next is written
@@ -153,7 +158,10 @@ def _read(path: Path) -> Checkpoint:
     try:
         content = json.loads(text)
         if content["format"] != FORMAT:
-            raise UsageError(_unusable(path, f"format {content['format']!r}"))
+            raise UsageError(
+                f"{path} is of another version (format {content['format']!r}, not {FORMAT!r}); "
+                "go on with that version, or delete the file to start the run from its first step"
+            )
         return Checkpoint(
             path=path,
             step=content["step"],
@@ -168,13 +176,6 @@ def _read(path: Path) -> Checkpoint:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"{type(error).__name__}: {error}") from None
-
-
-def _unusable(path: Path, problem: object) -> str:
-    return (
-        f"{path} is not a checkpoint of this version ({problem}); delete it to start that run "
-        "from its first step"
-    )
 
 
 def training_state(algorithm: torch.nn.Module) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,6 +32,16 @@ def check_parameters(
         raise DivergedError(
             f"parameter {name} is not finite after step {step}; {_last_finite(last_finite)}", step
         )
+
+
+def last_values(
+    since_record: Mapping[str, Sequence[float]], records: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """What a run that goes on has measured last: at its last step, or up to its last record."""
+    columns = {name: column for name, column in since_record.items() if name != "step_time"}
+    if columns:
+        return {name: column[-1] for name, column in columns.items()}
+    return {"loss": records[-1]["loss"]} if records and "loss" in records[-1] else {}
 
 
 def _last_finite(values: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ from domainbed_ext.checkpoint import (
     load_training_state,
 )
 from domainbed_ext.distributed import on_first_rank
+from domainbed_ext.errors import UsageError
 from domainbed_ext.records import (
     RECORDS_FILE,
     Record,
@@ -58,6 +59,14 @@ def _records_so_far(run: Run, checkpoint: Checkpoint | None) -> list[Record]:
             run.folder,
             found=where,
             wanted={name: v for name, v in wanted.items() if name != "data" or "data" in where},
+        )
+    order = run.info["file_order"]
+    # a checkpoint of an older version does not know it
+    if checkpoint is not None and checkpoint.info.get("file_order", order) != order:
+        raise UsageError(
+            f"the image files of {run.args.dataset} have other names than when the run in "
+            f"{run.folder} began, so its splits would be others: restore the files, or delete "
+            "that folder to start afresh"
         )
     # A record whose checkpoint was not written any more is made again; so is that of an average,
     # whose checkpoint is of the run before it.

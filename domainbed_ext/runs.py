@@ -76,6 +76,7 @@ class Run:
             "model_hparams": self.hparams,
             "class_names": list(self.dataset.class_names),
             "provenance": self.provenance,
+            "file_order": self.dataset.file_order,
         }
 
 

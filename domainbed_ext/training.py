@@ -21,7 +21,7 @@ import torch
 from domainbed_ext.checkpoint import save_checkpoint
 from domainbed_ext.display import ReportProgress, RunState, format_row
 from domainbed_ext.distributed import mean_over_ranks, on_any_rank, wait_for_ranks
-from domainbed_ext.divergence import check_finite, check_parameters
+from domainbed_ext.divergence import check_finite, check_parameters, last_values
 from domainbed_ext.evaluation import evaluate
 from domainbed_ext.first_look import counted_images
 from domainbed_ext.job_files import CHECKPOINT_FILE, mark_done, tidy_up
@@ -91,7 +91,7 @@ def _train(
         len(s) / batch_size for name, s in run.splits.items() if name.endswith("_in")
     )
 
-    last_finite: dict[str, float] = {}
+    last_finite = last_values(since_record, records)
     shown_keys: list[str] = []
     saved_at = time.monotonic()
 

@@ -61,12 +61,25 @@ def create_moe_vit(
     return model
 
 
+class PretrainedWeightsError(RuntimeError):
+    """Pretrained weights that could not be loaded; `reason` says why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(
+            f"the pretrained weights of {name!r} could not be loaded ({reason}). "
+            "Without a network, put them into the cache first or pass "
+            "pretrained_cfg_overlay={'file': 'weights.safetensors'}; pretrained=False starts from "
+            "random weights"
+        )
+        self.reason = reason
+
+
 def create_dense_vit(name: str, *, pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
     """`timm.create_model`, where asking for pretrained weights and not getting them is an error.
 
     Raises:
         ValueError: timm does not know the model, or has no weights for it.
-        RuntimeError: The weights could not be loaded.
+        PretrainedWeightsError: The weights could not be loaded.
     """
     if not timm.is_model(name.split(".")[0]) and ":" not in name:
         raise ValueError(f"timm has no model {name!r}; see timm.list_models('vit*')")
@@ -85,13 +98,7 @@ def create_dense_vit(name: str, *, pretrained: bool = False, **timm_kwargs: Any)
         return timm.create_model(name, pretrained=True, **timm_kwargs)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        raise RuntimeError(
-            f"the pretrained weights of {name!r} could not be loaded "
-            f"({type(error).__name__}: {first_line}). "
-            "Without a network, put them into the cache first or pass "
-            "pretrained_cfg_overlay={'file': 'weights.safetensors'}; pretrained=False starts from "
-            "random weights"
-        ) from error
+        raise PretrainedWeightsError(name, f"{type(error).__name__}: {first_line}") from error
 
 
 def _is_cfg(tag: Any) -> bool:

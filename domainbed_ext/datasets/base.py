@@ -6,6 +6,7 @@ that validation images are never augmented. N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -205,6 +206,20 @@ def data_fingerprint(environments: Sequence[Environment], class_names: Sequence[
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
+def file_order(environments: Sequence[Environment]) -> str | None:
+    """A hash of the files' names in the order that splits and batches count in, wherever they are:
+    16 hex digits; None for data in memory.
+    """
+    digest = hashlib.sha256()
+    for environment in environments:
+        if not isinstance(environment, FileEnvironment):
+            return None
+        # the class and the file: a data set may move
+        names = ["/".join(path.rsplit(os.sep, 2)[-2:]) for path in environment.paths]
+        digest.update("\n".join([environment.name, *names, ""]).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
 def balanced_weights(split: EnvSplit) -> Tensor:
     """A sampling weight per image so that every class of the split is drawn equally often."""
     _, inverse, counts = np.unique(split.labels, return_inverse=True, return_counts=True)
@@ -288,6 +303,11 @@ class MultipleDomainDataset:
         """
         reduced = "" if self.image_side is None else f"-{self.image_side}px"
         return data_fingerprint(self.datasets, self.class_names) + reduced
+
+    @functools.cached_property
+    def file_order(self) -> str | None:
+        """See the function: what a run depends on beyond the `fingerprint`."""
+        return file_order(self.datasets)
 
     def splits(
         self,

@@ -119,6 +119,11 @@ def checked_index(paths: Mapping[str, Mapping[str, Sequence[str]]], source: str)
     if not any(files for classes in paths.values() for files in classes.values()):
         suffixes = " ".join(IMAGE_SUFFIXES)
         raise UsageError(f"no images in {source}; {LAYOUT}, with one of the endings {suffixes}")
+    names = {name for classes in paths.values() for name in classes}
+    if len(names) == 1:
+        raise UsageError(
+            f"{source} holds only the class {names.pop()!r}; there is nothing to tell it from"
+        )
     first, *others = paths
     for domain in others:
         extra = sorted(set(paths[domain]) - set(paths[first]))

@@ -124,12 +124,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seeds everything else")
     parser.add_argument(
-        "--steps", type=int, help="number of steps (default: 2, or 1 where cores are few)"
+        "--steps", type=int, help="number of steps (default: the data set's, 5001 for most)"
     )
     parser.add_argument(
         "--checkpoint_freq",
         type=int,
-        help="evaluate every N steps (default: 2, or 1 where cores are few)",
+        help="evaluate every N steps (default: the data set's, 100 to 1000)",
     )
     parser.add_argument(
         "--test_envs",

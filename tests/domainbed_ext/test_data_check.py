@@ -56,6 +56,35 @@ def test_unreadable_images_are_named(pictures, capsys):
     assert main(["check", f"folder:{pictures}", "--counts_only"]) == 0
 
 
+def test_what_is_clipped_or_left_out_is_a_warning(pictures, capsys):
+    deep = np.full((60, 80), 40_000, np.uint16)
+    Image.fromarray(deep).save(pictures / "art" / "cat" / "deep.png")
+    for name in ("a.gif", "b.gif", "c", "Thumbs.db", ".hidden.gif"):
+        (pictures / "photo" / "dog" / name).write_bytes(b"no matter")
+    (pictures / "notes.txt").write_text("beside the domains")
+    assert main(["check", f"folder:{pictures}"]) == 0
+    output = capsys.readouterr().out
+    assert "warning: 1 images have more than 8 bits a pixel" in output
+    assert f"the first is {pictures}/art/cat/deep.png" in output
+    left_out = "warning: 3 files are left out, whose endings are not read: .gif (2), no ending (1)"
+    assert left_out in output
+
+
+def test_a_manifest_that_lists_a_file_twice(pictures, tmp_path, capsys):
+    rows = ["domain,class,path"]
+    for path in sorted(pictures.glob("*/*/*.png")):
+        rows.append(f"{path.parts[-3]},{path.parts[-2]},{path}")
+    once = tmp_path / "once.csv"
+    once.write_text("\n".join(rows))
+    assert main(["check", f"manifest:{once}", "--counts_only"]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    (tmp_path / "list.csv").write_text("\n".join([*rows, rows[1]]))
+    assert main(["check", f"manifest:{tmp_path / 'list.csv'}", "--counts_only"]) == 0
+    output = capsys.readouterr().out
+    assert "warning: 1 files are listed twice or more in art" in output
+    assert str(pictures / "art" / "cat" / "0.png") in output
+
+
 def test_a_manifest_with_a_missing_file(pictures, tmp_path, capsys):
     rows = ["domain,class,path"]
     rows += [f"{p.parent.parent.name},{p.parent.name},{p}" for p in sorted(pictures.glob("*/*/*"))]

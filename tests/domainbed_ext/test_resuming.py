@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from domainbed_ext import algorithms, training
 from domainbed_ext.checkpoint import load_checkpoint
-from domainbed_ext.errors import UsageError
+from domainbed_ext.errors import DivergedError, UsageError
 from domainbed_ext.jobs import Job, JobState
 from domainbed_ext.records import read_records
 from domainbed_ext.runs import prepare_run
@@ -174,6 +175,48 @@ def test_a_record_without_its_checkpoint_is_made_again(tmp_path, monkeypatch):
         file.write('{"half a rec')
     assert comparable(run(folder)) == comparable(expected)
     assert not (folder / "failed").exists()
+
+
+def test_a_run_does_not_go_on_with_files_of_other_names(tmp_path):
+    """As many images as before, in another order: its splits would be others."""
+    data = tmp_path / "data"
+    for domain in ("art", "photo"):
+        for label, name in enumerate(("cat", "dog")):
+            (data / domain / name).mkdir(parents=True)
+            for number in range(5):
+                image = Image.new("RGB", (8, 8), (50 * number, 90 * label, 0))
+                image.save(data / domain / name / f"{number}.png")
+    options = {
+        "dataset": f"folder:{data}",
+        "hparams": {"batch_size": 2, "pretrained": False, "backbone": "vit_tiny_patch16_224"},
+    }
+    with pytest.raises(Stop):
+        train(run_args(tmp_path / "run", **options), progress=stop_at(3))
+    one = data / "art" / "cat" / "1.png"
+    one.rename(one.with_name("9.png"))
+    with pytest.raises(UsageError, match=r"have other names than when the run in .* began") as said:
+        run(tmp_path / "run", **options)
+    assert "\n" not in str(said.value)
+    one.with_name("9.png").rename(one)
+    assert len(run(tmp_path / "run", **options)) == 3
+
+
+def test_a_diverged_run_that_is_given_again_tells_the_same_reason(tmp_path, monkeypatch):
+    plain = algorithms.ERM_ViT.loss
+
+    def loss(self, x, y, domains):
+        value, numbers = plain(self, x, y, domains)
+        return value * (math.nan if steps.pop() else 1.0), numbers
+
+    monkeypatch.setattr(algorithms.ERM_ViT, "loss", loss)
+    said = []
+    for again in ([True, False], [True]):
+        steps = again  # the first step is fine, and its checkpoint is gone on from
+        with pytest.raises(DivergedError) as error:
+            run(tmp_path, checkpoint_freq=1)
+        said.append(str(error.value))
+    assert "loss is nan at step 1; last finite metrics: loss " in said[0]
+    assert said[1].startswith(said[0].partition(", lr")[0])
 
 
 def ask_at(step, phase="training", number=signal.SIGTERM):
