@@ -111,6 +111,13 @@ def routing_probability_variance(probs_TE: Tensor, *, unbiased: bool = False) ->
     return squares / (num_experts - 1 if unbiased else num_experts)
 
 
+def compared_tokens(vision_BL: Tensor, is_cls_BL: Tensor | None, rule: TailRule) -> Tensor:
+    """The candidates that enter the mean and are compared with it: class tokens if they do."""
+    if is_cls_BL is None or rule.cls == "vision":
+        return vision_BL
+    return vision_BL & ~is_cls_BL
+
+
 @torch.no_grad()
 def mean_rpv(
     rpv_BL: Tensor, candidates_BL: Tensor, *, scope: Scope, group: ProcessGroup | None = None
@@ -176,9 +183,7 @@ def tail_tokens(
         ValueError: Kind "attention" without attention scores.
     """
     scope = scope or rule.scope
-    candidates_BL = vision_BL
-    if is_cls_BL is not None and rule.cls != "vision":
-        candidates_BL = candidates_BL & ~is_cls_BL
+    candidates_BL = compared_tokens(vision_BL, is_cls_BL, rule)
 
     if rule.kind == "none":
         return torch.zeros_like(vision_BL)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gmoe_ltdr.capacity import CAPACITY_OPTIONS, limit_as_specified
 from gmoe_ltdr.gates import GATES
+from gmoe_ltdr.learned_threshold import let_threshold_learn
 from gmoe_ltdr.routers.base import (
     Router,
     check_router_options,
@@ -30,7 +31,14 @@ from gmoe_ltdr.routers.base import (
 from gmoe_ltdr.routing import CLOSED, Modality, Routing, TokenContext, expert_rank
 from gmoe_ltdr.sharpening import SHARPENING_OPTIONS, Sharpening
 from gmoe_ltdr.spec import MoESpec
-from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
+from gmoe_ltdr.tail import (
+    Scope,
+    TailRule,
+    compared_tokens,
+    mean_rpv,
+    routing_probability_variance,
+    tail_tokens,
+)
 
 Weighting = Literal["renormalize", "raw", "softmax_of_probs"]
 
@@ -92,13 +100,7 @@ def route(
         else:
             tail_T = torch.zeros_like(modality_T, dtype=torch.bool)
 
-        rank_TE = expert_rank(selection_TE)
-        if gumbel_TE is not None:
-            rest_TE = (selection_TE + gumbel_TE).masked_fill(rank_TE == 0, -torch.inf)
-            second_TE = F.one_hot(rest_TE.argmax(-1), rest_TE.shape[-1]).bool()
-            second_rank_T1 = torch.where(second_TE, rank_TE, 0).sum(-1, keepdim=True)
-            moved_TE = (rank_TE >= 1) & (rank_TE < second_rank_T1)
-            rank_TE = torch.where(second_TE, 1, rank_TE + moved_TE)
+        rank_TE = choice_rank(selection_TE, gumbel_TE)
         quota_T = torch.where(tail_T, tail_top_k, top_k)
         quota_T = torch.where(modality_T == int(Modality.PADDING), 0, quota_T)
         mask_TE = (rank_TE < quota_T.unsqueeze(-1)) & (logits_TE > CLOSED / 2)
@@ -114,6 +116,19 @@ def route(
         shape_BL=(modality_BL.shape[0], modality_BL.shape[1]),
         max_experts_per_token=max(top_k, tail_top_k),
     )
+
+
+@torch.no_grad()
+def choice_rank(selection_TE: Tensor, gumbel_TE: Tensor | None = None) -> Tensor:
+    """Place of every expert among its token's choices, 0 first; with noise the second is drawn."""
+    rank_TE = expert_rank(selection_TE)
+    if gumbel_TE is None:
+        return rank_TE
+    rest_TE = (selection_TE + gumbel_TE).masked_fill(rank_TE == 0, -torch.inf)
+    second_TE = F.one_hot(rest_TE.argmax(-1), rest_TE.shape[-1]).bool()
+    second_rank_T1 = torch.where(second_TE, rank_TE, 0).sum(-1, keepdim=True)
+    moved_TE = (rank_TE >= 1) & (rank_TE < second_rank_T1)
+    return torch.where(second_TE, 1, rank_TE + moved_TE)
 
 
 def expert_weights(probs_TE: Tensor, mask_TE: Tensor, weighting: Weighting) -> Tensor:
@@ -199,7 +214,7 @@ class TokenChoiceRouter(Router):
                 gumbel_TE=gumbel_TE,
             )
             if rule.kind == "learned" and threshold is not None and self.training:
-                routing = self._straight_through(routing, threshold)
+                routing = self._let_threshold_learn(routing, threshold, context, gumbel_TE)
             if self.training:
                 losses = self.sharpening.losses(routing.probs_TE, vision_T)
                 routing = replace(routing, router_losses=losses)
@@ -224,20 +239,18 @@ class TokenChoiceRouter(Router):
         if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and scope != "ema"):
             return None
         with torch.no_grad():
-            modality_BL = context.modality_BL
-            candidates_BL = modality_BL == int(rule.candidate_modality)
-            if context.is_cls_BL is not None and rule.cls != "vision":
-                candidates_BL = candidates_BL & ~context.is_cls_BL
             rpv_T = routing_probability_variance(logits_TE.softmax(-1), unbiased=rule.unbiased)
             mean = mean_rpv(
-                rpv_T.view(modality_BL.shape),
-                candidates_BL,
+                rpv_T.view(context.modality_BL.shape),
+                _compared_tokens(context, rule),
                 scope="batch" if scope == "ema" else scope,
             )
             if scope == "ema":
                 mean = self._running_mean(mean.reshape(()))
         if rule.kind == "learned":
-            return F.softplus(self.threshold_factor) * mean
+            # without a candidate there is no mean, and nothing to compare with it: a NaN would
+            # only spoil the factor's gradient, which is zero then
+            return F.softplus(self.threshold_factor) * mean.nan_to_num(0.0)
         return mean
 
     def _running_mean(self, batch_mean: Tensor) -> Tensor:
@@ -251,20 +264,34 @@ class TokenChoiceRouter(Router):
             self.mean_rpv.copy_(torch.where(batch_mean.isnan(), self.mean_rpv, moved))
         return batch_mean
 
-    def _straight_through(self, routing: Routing, threshold: Tensor) -> Routing:
-        """Let the learned threshold see how the loss changes between head and tail weights."""
-        assert routing.shape_BL is not None  # `route` has set it
-        rpv_BL = routing_probability_variance(routing.probs_TE).view(routing.shape_BL).detach()
-        scale = threshold.detach().clamp(min=1e-12)
-        soft_T1 = torch.sigmoid((rpv_BL - threshold) / scale).reshape(-1, 1).float()
-        probs_TE = routing.selection_logits_TE.softmax(-1)
-        head_mask_TE = expert_rank(routing.selection_logits_TE) < self.spec.top_k
-        head_TE = expert_weights(probs_TE, head_mask_TE, self.spec.weighting)
-        tail_mask_TE = expert_rank(routing.selection_logits_TE) < self.spec.resolved_tail_top_k
-        tail_TE = expert_weights(probs_TE, tail_mask_TE, self.spec.weighting)
-        slope_TE = (tail_TE - head_TE).detach() * (soft_T1 - soft_T1.detach())
-        weights_TE = routing.combine_weights_TE + slope_TE * routing.dispatch_mask_TE
-        return Routing(**{**vars(routing), "combine_weights_TE": weights_TE})
+    def _let_threshold_learn(
+        self, routing: Routing, threshold: Tensor, context: TokenContext, gumbel_TE: Tensor | None
+    ) -> Routing:
+        """Show the threshold how the weights of head and tail tokens differ."""
+        spec, rule = self.spec, self.spec.tail_rule
+        with torch.no_grad():
+            probs_TE = routing.selection_logits_TE.softmax(-1)
+            rank_TE = choice_rank(routing.selection_logits_TE, gumbel_TE)
+            head_TE, tail_TE = (
+                expert_weights(probs_TE, (rank_TE < count) & routing.open_TE, spec.weighting)
+                for count in (spec.top_k, spec.resolved_tail_top_k)
+            )
+            compared_TE = routing.probs_TE if rule.source == "clean" else probs_TE
+            rpv_T = routing_probability_variance(compared_TE, unbiased=rule.unbiased)
+        return let_threshold_learn(
+            routing,
+            threshold,
+            rule,
+            rpv_BL=rpv_T.view(context.modality_BL.shape),
+            compared_BL=_compared_tokens(context, rule),
+            head_weights_TE=head_TE,
+            tail_weights_TE=tail_TE,
+        )
+
+
+def _compared_tokens(context: TokenContext, rule: TailRule) -> Tensor:
+    candidates_BL = context.modality_BL == int(rule.candidate_modality)
+    return compared_tokens(candidates_BL, context.is_cls_BL, rule)
 
 
 def _padding_as_language(modality_BL: Tensor) -> Tensor:
