@@ -34,13 +34,14 @@ class TailRule:
         value: Share for "quantile" and "attention" (0.15 if None), RPV for "threshold".
         scope: Over which tokens the mean or the share is taken in training: "batch" (all vision
             tokens of this forward, this layer, this rank), "image", "global" (all ranks), or "ema"
-            (the batch in training, a running mean in evaluation).
+            (the batch in training, a running mean in evaluation; before there is one, the image).
         eval_scope: The same in evaluation. Only "image" and "ema" make a prediction independent of
             the other images in its batch.
         select: "tail" or its complement among the candidates, "head" (VHT).
         cls: Class and register tokens are ordinary vision tokens ("vision"), never tail and outside
             the mean ("exclude"), or always tail and outside the mean ("always_tail").
-        source: RPV from clean or from noisy probabilities.
+        source: RPV from clean or from noisy probabilities. Evaluation knows no noise, so a running
+            mean is one of clean probabilities.
         unbiased: Sample variance (divide by E - 1) instead of population variance; Eq. 11 does not
             depend on it, reported values do.
         strict: Compare without the rounding margin.

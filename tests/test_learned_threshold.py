@@ -83,8 +83,8 @@ def smooth_loss_T(factor, routing, rule, upstream_TE) -> torch.Tensor:
         {},
         {"select": "head"},
         {"unbiased": True, "scope": "image"},
-        {"cls": "exclude"},
-        {"select": "head", "scope": "image", "cls": "always_tail"},
+        {"source": "noisy", "cls": "exclude"},
+        {"source": "noisy", "select": "head", "scope": "image", "cls": "always_tail"},
     ],
 )
 def test_gradient_is_that_of_weights_that_change_smoothly(rule):

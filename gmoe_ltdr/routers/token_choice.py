@@ -165,7 +165,7 @@ class TokenChoiceRouter(Router):
         "second_expert": ("argmax", "gumbel"),
         "padding": ("exclude", "language"),
     }
-    mean_rpv: Tensor  # where the rule has the scope "ema"
+    mean_rpv: Tensor  # where one of the rule's scopes is "ema"
 
     def __init__(self, dim: int, spec: MoESpec):
         super().__init__(dim, spec)
@@ -177,7 +177,8 @@ class TokenChoiceRouter(Router):
         self.sharpening = Sharpening.of_options(spec.router_options)
         self.gate = GATES[spec.gate](dim, spec.num_experts)
         rule = spec.tail_rule
-        if spec.activates_tail and "ema" in (rule.scope, rule.eval_scope):
+        self._keeps_running_mean = spec.activates_tail and "ema" in (rule.scope, rule.eval_scope)
+        if self._keeps_running_mean:
             # double, as the threshold is compared in double; NaN until the first training batch
             self.register_buffer("mean_rpv", torch.tensor(math.nan, dtype=torch.float64))
         if spec.activates_tail and rule.kind == "learned":
@@ -198,7 +199,14 @@ class TokenChoiceRouter(Router):
 
             scope = rule.scope if self.training else rule.eval_scope
             tail_on = spec.activates_tail and (self.training or rule.in_eval)
-            threshold = self._threshold(logits_TE, context, scope) if tail_on else None
+            threshold = None
+            if tail_on:
+                compared_TE = logits_TE
+                if rule.source == "noisy" and noise_TE is not None:
+                    compared_TE = logits_TE + noise_TE
+                threshold = self._threshold(compared_TE, context, scope)
+                if self.training:
+                    self._move_running_mean(logits_TE, context)
             routing = route(
                 logits_TE,
                 context.modality_BL,
@@ -233,36 +241,50 @@ class TokenChoiceRouter(Router):
         noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
         return noise_TE if sharpening_TE is None else noise_TE + sharpening_TE
 
-    def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
-        """Thresholds that need the router's state; None where `tail_tokens` computes its own."""
+    def _threshold(self, compared_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
+        """Thresholds that need the router's state; None where `tail_tokens` computes its own.
+
+        Args:
+            compared_TE: The logits whose RPV will be compared with the threshold.
+            context: Which tokens are.
+            scope: Of the mean.
+        """
         rule = self.spec.tail_rule
-        if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and scope != "ema"):
+        running = scope == "ema" and not self.training
+        if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and not running):
             return None
         with torch.no_grad():
-            rpv_T = routing_probability_variance(logits_TE.softmax(-1), unbiased=rule.unbiased)
-            mean = mean_rpv(
-                rpv_T.view(context.modality_BL.shape),
-                _compared_tokens(context, rule),
-                scope="batch" if scope == "ema" else scope,
-            )
-            if scope == "ema":
-                mean = self._running_mean(mean.reshape(()))
+            mean = self._mean_rpv(compared_TE, context, "image" if running else scope)
+            if running:
+                # before any training batch: the image's own, which is nothing of its batch mates
+                mean = torch.where(self.mean_rpv.isnan(), mean, self.mean_rpv)
         if rule.kind == "learned":
             # without a candidate there is no mean, and nothing to compare with it: a NaN would
             # only spoil the factor's gradient, which is zero then
             return F.softplus(self.threshold_factor) * mean.nan_to_num(0.0)
         return mean
 
-    def _running_mean(self, batch_mean: Tensor) -> Tensor:
-        """In training the batch's own mean, which also moves the running one; else the latter."""
-        if not self.training:
-            # before any training batch there is nothing else to compare with
-            return torch.where(self.mean_rpv.isnan(), batch_mean, self.mean_rpv)
-        if not is_recomputed():
-            moved = _EMA_DECAY * self.mean_rpv + (1 - _EMA_DECAY) * batch_mean
-            moved = torch.where(self.mean_rpv.isnan(), batch_mean, moved)
-            self.mean_rpv.copy_(torch.where(batch_mean.isnan(), self.mean_rpv, moved))
-        return batch_mean
+    @torch.no_grad()
+    def _move_running_mean(self, logits_TE: Tensor, context: TokenContext) -> None:
+        """Let the running mean, where there is one, follow this batch's mean.
+
+        Of clean probabilities whatever `TailRule.source` says: only evaluation reads the running
+        mean, and compares RPV without noise with it.
+        """
+        rule = self.spec.tail_rule
+        if not self._keeps_running_mean or is_recomputed():
+            return
+        scope: Scope = "global" if rule.scope == "global" else "batch"
+        mean = self._mean_rpv(logits_TE, context, scope).reshape(())
+        moved = _EMA_DECAY * self.mean_rpv + (1 - _EMA_DECAY) * mean
+        moved = torch.where(self.mean_rpv.isnan(), mean, moved)
+        self.mean_rpv.copy_(torch.where(mean.isnan(), self.mean_rpv, moved))
+
+    def _mean_rpv(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor:
+        rule = self.spec.tail_rule
+        rpv_T = routing_probability_variance(logits_TE.softmax(-1), unbiased=rule.unbiased)
+        rpv_BL = rpv_T.view(context.modality_BL.shape)
+        return mean_rpv(rpv_BL, _compared_tokens(context, rule), scope=scope)
 
     def _let_threshold_learn(
         self, routing: Routing, threshold: Tensor, context: TokenContext, gumbel_TE: Tensor | None
