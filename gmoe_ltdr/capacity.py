@@ -5,14 +5,13 @@ A plan-to-plan function: no dispatcher knows about capacity. Shapes: T tokens, E
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gmoe_ltdr.routing import Routing, expert_rank
+from gmoe_ltdr.routing import Modality, Routing, expert_rank
 from gmoe_ltdr.spec import MoESpec
 
 # What `MoESpec.router_options` may say of it, for every router that calls `limit_as_specified`.
@@ -26,18 +25,18 @@ CAPACITY_OPTIONS = {
 
 
 def expert_capacity(
-    num_tokens: int,
+    num_tokens: Tensor | int,
     num_experts: int,
     top_k: int,
     capacity_factor: float,
     *,
     convention: Literal["tutel", "vmoe", "deepspeed"] = "tutel",
     min_capacity: int = 0,
-) -> int:
-    """Slots per expert.
+) -> Tensor:
+    """Slots per expert, an int64 scalar. It stays on the device, so that nobody waits for it.
 
     Args:
-        num_tokens: Tokens that are routed.
+        num_tokens: Tokens that are routed; padding is not.
         num_experts: Experts they are routed to.
         top_k: Experts per ordinary token; extra experts of tail tokens do not enlarge the buffers.
         capacity_factor: 1 leaves just enough slots for perfectly balanced routing.
@@ -46,21 +45,21 @@ def expert_capacity(
         min_capacity: Lower bound, for "deepspeed".
 
     Raises:
-        ValueError: Not a positive factor, or "vmoe" with no slot at all.
+        ValueError: Not a positive factor.
     """
     if capacity_factor <= 0:
         raise ValueError(f"capacity_factor={capacity_factor} must be positive; None drops nothing")
+    num_tokens = torch.as_tensor(num_tokens)
     if convention == "tutel":
-        return top_k * int(capacity_factor * math.ceil(num_tokens / num_experts))
-    slots = math.ceil(num_tokens / num_experts * top_k * capacity_factor)
+        share = (num_tokens + num_experts - 1) // num_experts
+        return (share.double() * capacity_factor).long() * top_k
+    share = num_tokens.double()
+    # by a tensor: a GPU divides by a number as it multiplies by its rounded reciprocal
+    share = share / torch.full_like(share, num_experts)
+    slots = (share * top_k * capacity_factor).ceil().long()
     if convention == "deepspeed":
-        return max(slots, min_capacity)
-    if slots < 1:
-        raise ValueError(
-            f"num_tokens={num_tokens}, num_experts={num_experts} and "
-            f"capacity_factor={capacity_factor} leave no slot per expert"
-        )
-    return math.ceil(slots / 4) * 4
+        return slots.clamp(min=min_capacity)
+    return (slots + 3) // 4 * 4
 
 
 def limit_as_specified(routing: Routing, spec: MoESpec, *, training: bool) -> Routing:
@@ -77,7 +76,7 @@ def limit_as_specified(routing: Routing, spec: MoESpec, *, training: bool) -> Ro
     if not training and options.get("eval_capacity", "none") == "none":
         return routing
     capacity = expert_capacity(
-        routing.logits_TE.shape[0],
+        (~routing.of(Modality.PADDING)).sum(),
         spec.num_experts,
         spec.top_k,
         spec.capacity_factor,
@@ -94,7 +93,7 @@ def limit_as_specified(routing: Routing, spec: MoESpec, *, training: bool) -> Ro
 
 def limit_to_capacity(
     routing: Routing,
-    capacity: int,
+    capacity: Tensor | int,
     *,
     prioritised: bool = True,
     renormalize: bool = False,

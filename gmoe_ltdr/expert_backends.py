@@ -48,15 +48,19 @@ def compute_experts(
         tokens_per_expert_E: Rows of each expert. Equal numbers known to the host (a list) need no
             grouping, and go to the dense back end.
     """
-    device = tokens_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    kind = tokens_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if dtype is not None:
         tokens_ND = tokens_ND.to(dtype)
     name = experts.backend
     if not isinstance(tokens_per_expert_E, Tensor):
-        if len(set(tokens_per_expert_E)) == 1:
+        counts, device = list(tokens_per_expert_E), tokens_ND.device
+        # compared and not hashed: export with an open batch size needs the symbols
+        if all(count == counts[0] for count in counts):
             name = "dense"
-        tokens_per_expert_E = torch.tensor(tokens_per_expert_E, device=tokens_ND.device)
+            tokens_per_expert_E = torch.full((len(counts),), counts[0], device=device)
+        else:
+            tokens_per_expert_E = torch.tensor(counts, device=device)
     if name == "auto":
         name = choose_backend(experts, tokens_ND)
     return EXPERT_BACKENDS[name](experts, tokens_ND, tokens_per_expert_E)

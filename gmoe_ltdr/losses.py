@@ -181,7 +181,7 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
             "balance_loss got no routing: run the model inside `with collect_routing(model) as "
             "routings:` and check that it has MoE layers"
         )
-    total = torch.stack([0.0 * plan.logits_TE.sum() for plan in plans]).sum()
+    total = torch.stack([_connected_zero(plan) for plan in plans]).sum()
     for plan in plans:
         for loss in plan.router_losses.values():
             total = total + loss
@@ -197,6 +197,12 @@ def balance_loss(routings: Mapping[str, Routing] | Iterable[Routing], spec: MoES
             tokens_T = part.of(Modality[name.upper()])
             total = total + weight * _layer_loss(part, tokens_T, spec)
     return total
+
+
+def _connected_zero(plan: Routing) -> Tensor:
+    # padding may hold NaN, and zero times NaN is NaN
+    real_T1 = _default_tokens(plan).unsqueeze(-1)
+    return 0.0 * torch.where(real_T1, plan.logits_TE, 0.0).sum()
 
 
 def _balanced_parts(plans: Iterable[Routing]) -> Iterator[Routing]:

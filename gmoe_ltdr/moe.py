@@ -146,5 +146,6 @@ def _sum_of_shared(experts: StackedExperts, tokens_TD: Tensor, real_T: Tensor) -
     """Sum of the shared experts, on every token that is not padding."""
     num_shared, num_tokens = experts.num_experts, tokens_TD.shape[0]
     out_TD = experts(tokens_TD.repeat(num_shared, 1), [num_tokens] * num_shared)
-    out_TD = out_TD.view(num_shared, num_tokens, -1).sum(0)
+    # a width of -1 would be ambiguous where there is no token
+    out_TD = out_TD.view(num_shared, num_tokens, tokens_TD.shape[-1]).sum(0)
     return torch.where(real_T.unsqueeze(-1), out_TD, torch.zeros_like(out_TD))

@@ -34,13 +34,14 @@ class TailRule:
         value: Share for "quantile" and "attention" (0.15 if None), RPV for "threshold".
         scope: Over which tokens the mean or the share is taken in training: "batch" (all vision
             tokens of this forward, this layer, this rank), "image", "global" (all ranks), or "ema"
-            (the batch in training, a running mean in evaluation).
+            (the batch in training, a running mean in evaluation; before there is one, the image).
         eval_scope: The same in evaluation. Only "image" and "ema" make a prediction independent of
             the other images in its batch.
         select: "tail" or its complement among the candidates, "head" (VHT).
         cls: Class and register tokens are ordinary vision tokens ("vision"), never tail and outside
             the mean ("exclude"), or always tail and outside the mean ("always_tail").
-        source: RPV from clean or from noisy probabilities.
+        source: RPV from clean or from noisy probabilities. Evaluation knows no noise, so a running
+            mean is one of clean probabilities.
         unbiased: Sample variance (divide by E - 1) instead of population variance; Eq. 11 does not
             depend on it, reported values do.
         strict: Compare without the rounding margin.
@@ -111,6 +112,13 @@ def routing_probability_variance(probs_TE: Tensor, *, unbiased: bool = False) ->
     return squares / (num_experts - 1 if unbiased else num_experts)
 
 
+def compared_tokens(vision_BL: Tensor, is_cls_BL: Tensor | None, rule: TailRule) -> Tensor:
+    """The candidates that enter the mean and are compared with it: class tokens if they do."""
+    if is_cls_BL is None or rule.cls == "vision":
+        return vision_BL
+    return vision_BL & ~is_cls_BL
+
+
 @torch.no_grad()
 def mean_rpv(
     rpv_BL: Tensor, candidates_BL: Tensor, *, scope: Scope, group: ProcessGroup | None = None
@@ -176,9 +184,7 @@ def tail_tokens(
         ValueError: Kind "attention" without attention scores.
     """
     scope = scope or rule.scope
-    candidates_BL = vision_BL
-    if is_cls_BL is not None and rule.cls != "vision":
-        candidates_BL = candidates_BL & ~is_cls_BL
+    candidates_BL = compared_tokens(vision_BL, is_cls_BL, rule)
 
     if rule.kind == "none":
         return torch.zeros_like(vision_BL)

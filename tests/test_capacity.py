@@ -1,13 +1,17 @@
 """Capacity: slots, who keeps them, and what dropping leaves behind."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmoe_ltdr.capacity import expert_capacity, limit_to_capacity
-from gmoe_ltdr.losses import load_balancing_loss
+from gmoe_ltdr import MoE, MoESpec, collect_routing, preset
+from gmoe_ltdr.capacity import expert_capacity, limit_as_specified, limit_to_capacity
+from gmoe_ltdr.losses import balance_loss, load_balancing_loss
 from gmoe_ltdr.routers.token_choice import route
+from gmoe_ltdr.routing import Modality, TokenContext
 from gmoe_ltdr.tail import TailRule
 from tests.vectors import logits, vision
 
@@ -37,12 +41,49 @@ def test_slots(arguments, convention, slots):
     assert expert_capacity(*arguments, convention=convention) == slots
 
 
+def slots_by_hand(num_tokens, num_experts, top_k, factor, convention) -> int:
+    """The three conventions in Python's own arithmetic."""
+    if convention == "tutel":
+        return top_k * int(factor * math.ceil(num_tokens / num_experts))
+    slots = math.ceil(num_tokens / num_experts * top_k * factor)
+    return slots if convention == "deepspeed" else math.ceil(slots / 4) * 4
+
+
+@pytest.mark.parametrize("convention", ["tutel", "vmoe", "deepspeed"])
+def test_slots_are_exact_for_any_number_of_tokens(convention):
+    num_tokens = torch.cat([torch.arange(1200), torch.tensor([12608, 18912, 100_001, 2**31 + 7])])
+    for num_experts in (1, 3, 4, 6, 49):
+        for top_k, factor in ((1, 1.5), (2, 1.0), (2, 1.25), (3, 0.7), (1, 1.1)):
+            found = expert_capacity(num_tokens, num_experts, top_k, factor, convention=convention)
+            expected = [
+                slots_by_hand(n, num_experts, top_k, factor, convention)
+                for n in num_tokens.tolist()
+            ]
+            assert found.dtype == torch.int64
+            assert found.tolist() == expected
+
+
 def test_impossible_capacities():
     with pytest.raises(ValueError, match="capacity_factor=0"):
         expert_capacity(10, 2, 1, 0.0)
-    with pytest.raises(ValueError, match="no slot"):
-        expert_capacity(0, 4, 1, 1.0, convention="vmoe")
     assert expert_capacity(1, 4, 1, 0.1, convention="deepspeed", min_capacity=4) == 4
+
+
+@pytest.mark.parametrize("convention", ["tutel", "vmoe", "deepspeed"])
+def test_of_no_token_none_is_kept(convention):
+    assert expert_capacity(0, 4, 1, 1.0, convention=convention) == 0
+    spec = preset("gmoe", router_options={"capacity_convention": convention})
+    for modality_BL in (vision(0, 5), vision(2, 0), torch.full((1, 3), int(Modality.PADDING))):
+        layer = MoE(8, 16, spec, context_of=lambda x, m=modality_BL: TokenContext(m))
+        x = torch.randn(*modality_BL.shape, 8, requires_grad=True)
+        with collect_routing(layer) as routings:
+            out = layer(x)
+        assert out.shape == x.shape
+        assert (out == 0).all()
+        loss = out.sum() + balance_loss(routings, spec)
+        loss.backward()
+        assert loss.item() == 0
+        assert (x.grad == 0).all()
 
 
 FOUR = [[0.6, 0.4], [0.9, 0.1], [0.7, 0.3], [0.8, 0.2]]
@@ -59,6 +100,44 @@ def test_who_keeps_a_slot(capacity, prioritised, kept):
     dropped = [t for t in range(4) if t not in kept]
     assert limited.combine_weights_TE[dropped].sum() == 0
     assert limited.requested_mask_TE.sum() == 4
+
+
+@pytest.mark.parametrize(("num_padding", "kept"), [(0, 2), (8, 2), (9, 2)])
+def test_padding_makes_no_room(num_padding, kept):
+    spec = MoESpec(num_experts=2, top_k=1, tail_rule=NO_TAIL, capacity_factor=1.0)
+    modality_BL = torch.tensor([[Modality.VISION] * 4 + [Modality.PADDING] * num_padding])
+    plan = route(
+        logits([[0.6, 0.4]] * (4 + num_padding)),
+        modality_BL,
+        top_k=1,
+        tail_top_k=1,
+        tail_rule=NO_TAIL,
+        weighting="raw",
+    )
+    limited = limit_as_specified(plan, spec, training=True)
+    assert limited.dispatch_mask_TE.sum() == kept
+    assert not limited.dispatch_mask_TE[4:].any()
+
+
+def test_a_vit_keeps_what_gmoe_keeps():
+    """Without padding the slots are those of all tokens: 1 * int(1.5 * ceil(394 / 6)) = 99."""
+    spec = preset("gmoe")
+    logits_TE = torch.randn(394, 6, generator=torch.Generator().manual_seed(0))
+    logits_TE[:, 0] += 1.0
+    plan = route(
+        logits_TE,
+        vision(2, 197),
+        top_k=1,
+        tail_top_k=1,
+        tail_rule=NO_TAIL,
+        weighting=spec.weighting,
+    )
+    limited = limit_as_specified(plan, spec, training=True)
+    by_hand = limit_to_capacity(plan, 99)
+    assert plan.tokens_per_expert_E.max() > 99
+    assert limited.tokens_per_expert_E.max() == 99
+    assert torch.equal(limited.dispatch_mask_TE, by_hand.dispatch_mask_TE)
+    assert torch.equal(limited.combine_weights_TE, by_hand.combine_weights_TE)
 
 
 THREE = [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.1, 0.2]]

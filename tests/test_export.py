@@ -18,7 +18,25 @@ def test_torch_export_with_an_open_batch_size():
         torch.testing.assert_close(program.module()(images), model(images))
 
 
-@pytest.mark.parametrize("name", ["ltdr", pytest.param("gmoe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_shared", [1, 2])
+def test_shared_experts_leave_the_batch_size_open(num_shared):
+    spec = preset("deepseek_1x1.0+3x1.0", shared_experts=num_shared)
+    model = use_expert_backend(tiny_moe_vit(spec).eval(), "dense")
+    x = torch.randn(3, 3, 16, 16)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    for images in (x[:1], torch.randn(7, 3, 16, 16)):
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ltdr",
+        pytest.param("gmoe", marks=pytest.mark.slow),
+        pytest.param("deepseek_1x1.0+3x1.0", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_runtime_gives_the_same_logits(name, tmp_path):
     pytest.importorskip("onnx", reason="needs the extra [export]")
     pytest.importorskip("onnxscript", reason="needs the extra [export]")

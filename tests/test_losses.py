@@ -134,6 +134,15 @@ def test_padding_changes_nothing():
         assert loss(plan).item() == pytest.approx(loss(decide(MIXED, KINDS)).item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("balance", ["none", "switch", "importance_load", "importance_load_tutel"])
+def test_padding_may_hold_nan(balance):
+    spec = MoESpec(balance=balance, balance_weight=1.0, balanced_modalities=frozenset({T, V}))
+    nan = torch.full((1, 3), torch.nan)
+    logits_TE = torch.cat([logits(MIXED), nan])
+    loss = balance_loss([decide(None, [*KINDS, P], logits_TE=logits_TE)], spec)
+    assert loss.item() == pytest.approx(mixed_loss(spec), abs=1e-6)
+
+
 def test_vision_tokens_get_no_gradient_from_ltdr():
     logits_TE = logits(MIXED).requires_grad_()
     plan = decide(None, KINDS, logits_TE=logits_TE)

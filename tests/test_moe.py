@@ -143,10 +143,14 @@ def test_everything_is_padding():
     assert (layer(torch.randn(2, 3, 8)) == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 8), (1, 1, 8), (2, 3, 4, 8), (5, 8)])
-def test_shapes(shape):
-    out = MoE(8, 16, preset("ltdr"))(torch.randn(shape))
+@pytest.mark.parametrize("num_shared", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (1, 1, 8), (2, 3, 4, 8), (5, 8)])
+def test_shapes(shape, num_shared):
+    x = torch.randn(shape, requires_grad=True)
+    out = MoE(8, 16, preset("ltdr", shared_experts=num_shared))(x)
     assert out.shape == shape
+    out.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_every_parameter_gets_a_gradient():

@@ -273,6 +273,55 @@ def test_running_mean_scope():
     assert torch.equal(router.mean_rpv, before)
 
 
+@pytest.mark.parametrize("scope", ["batch", "image", "global"])
+def test_training_moves_the_running_mean_that_only_evaluation_wants(scope):
+    rule = TailRule(scope=scope, eval_scope="ema")
+    options = {"num_experts": 4, "gate": "linear", "noise_std": 0}
+    router = router_of(MoESpec(tail_rule=rule, **options))
+    plain = router_of(MoESpec(tail_rule=TailRule(scope=scope), **options))
+    tokens = torch.randn(20, 8)
+    routing = router(tokens, context(2, 10))
+    assert torch.equal(routing.tail_mask_T, plain(tokens, context(2, 10)).tail_mask_T)
+    rpv_T = routing.probs_TE.detach().var(-1, correction=0)
+    assert router.mean_rpv.item() == pytest.approx(rpv_T.double().mean().item())
+    sharper = router.eval()(tokens * 3, context(2, 10))
+    sharper_rpv_T = sharper.probs_TE.var(-1, correction=0)
+    assert torch.equal(sharper.tail_mask_T, sharper_rpv_T > rpv_T.mean())
+    assert sharper.tail_mask_T.sum() > 10
+
+
+@pytest.mark.parametrize("kind", ["mean", "learned"])
+def test_before_training_the_running_mean_is_the_image_s_own(kind):
+    tokens = torch.randn(3, 10, 8)
+    tokens[1:] *= 0.01  # mates with another spread of variance
+    router, by_image = (
+        router_of(MoESpec(num_experts=4, tail_rule=TailRule(kind=kind, eval_scope=scope))).eval()
+        for scope in ("ema", "image")
+    )
+    tail_T = router(tokens.flatten(0, 1), context(3, 10)).tail_mask_T
+    assert torch.equal(tail_T[:10], router(tokens[0], context(1, 10)).tail_mask_T)
+    assert torch.equal(tail_T, by_image(tokens.flatten(0, 1), context(3, 10)).tail_mask_T)
+    assert router.mean_rpv.isnan()
+
+
+@pytest.mark.parametrize("scope", ["batch", "image", "ema"])
+@pytest.mark.parametrize("kind", ["mean", "learned"])
+def test_noisy_variances_are_compared_with_their_own_mean(kind, scope):
+    """Noise of 0.25 on near-uniform tokens: nearly all of their noisy RPV is noise."""
+    rule = TailRule(kind=kind, source="noisy", scope=scope, eval_scope="ema")
+    router = router_of(MoESpec(num_experts=4, gate="linear", tail_rule=rule))
+    tokens = torch.randn(400, 8) * 0.05
+    routing = router(tokens, context(2, 200))
+    rpv_BL = routing.noisy_logits_TE.detach().softmax(-1).var(-1, correction=0).view(2, 200)
+    mean = rpv_BL.mean(1, keepdim=True) if scope == "image" else rpv_BL.mean()
+    assert torch.equal(routing.tail_mask_T, (rpv_BL > mean).flatten())
+    # evaluation has no noise: there the running mean is that of clean probabilities
+    clean_T = routing.probs_TE.detach().var(-1, correction=0)
+    assert router.mean_rpv.item() == pytest.approx(clean_T.mean().item(), rel=1e-4)
+    tail_T = router.eval()(tokens, context(2, 200)).tail_mask_T
+    assert torch.equal(tail_T, clean_T > router.mean_rpv)
+
+
 def test_learned_threshold_gets_a_gradient_and_starts_at_the_mean():
     spec = MoESpec(num_experts=4, noise_std=0, tail_rule=TailRule(kind="learned", cls="vision"))
     router = router_of(spec)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gmoe_ltdr.capacity import CAPACITY_OPTIONS, limit_as_specified
 from gmoe_ltdr.gates import GATES
+from gmoe_ltdr.learned_threshold import let_threshold_learn
 from gmoe_ltdr.routers.base import (
     Router,
     check_router_options,
@@ -30,7 +31,14 @@ from gmoe_ltdr.routers.base import (
 from gmoe_ltdr.routing import CLOSED, Modality, Routing, TokenContext, expert_rank
 from gmoe_ltdr.sharpening import SHARPENING_OPTIONS, Sharpening
 from gmoe_ltdr.spec import MoESpec
-from gmoe_ltdr.tail import Scope, TailRule, mean_rpv, routing_probability_variance, tail_tokens
+from gmoe_ltdr.tail import (
+    Scope,
+    TailRule,
+    compared_tokens,
+    mean_rpv,
+    routing_probability_variance,
+    tail_tokens,
+)
 
 Weighting = Literal["renormalize", "raw", "softmax_of_probs"]
 
@@ -92,13 +100,7 @@ def route(
         else:
             tail_T = torch.zeros_like(modality_T, dtype=torch.bool)
 
-        rank_TE = expert_rank(selection_TE)
-        if gumbel_TE is not None:
-            rest_TE = (selection_TE + gumbel_TE).masked_fill(rank_TE == 0, -torch.inf)
-            second_TE = F.one_hot(rest_TE.argmax(-1), rest_TE.shape[-1]).bool()
-            second_rank_T1 = torch.where(second_TE, rank_TE, 0).sum(-1, keepdim=True)
-            moved_TE = (rank_TE >= 1) & (rank_TE < second_rank_T1)
-            rank_TE = torch.where(second_TE, 1, rank_TE + moved_TE)
+        rank_TE = choice_rank(selection_TE, gumbel_TE)
         quota_T = torch.where(tail_T, tail_top_k, top_k)
         quota_T = torch.where(modality_T == int(Modality.PADDING), 0, quota_T)
         mask_TE = (rank_TE < quota_T.unsqueeze(-1)) & (logits_TE > CLOSED / 2)
@@ -114,6 +116,19 @@ def route(
         shape_BL=(modality_BL.shape[0], modality_BL.shape[1]),
         max_experts_per_token=max(top_k, tail_top_k),
     )
+
+
+@torch.no_grad()
+def choice_rank(selection_TE: Tensor, gumbel_TE: Tensor | None = None) -> Tensor:
+    """Place of every expert among its token's choices, 0 first; with noise the second is drawn."""
+    rank_TE = expert_rank(selection_TE)
+    if gumbel_TE is None:
+        return rank_TE
+    rest_TE = (selection_TE + gumbel_TE).masked_fill(rank_TE == 0, -torch.inf)
+    second_TE = F.one_hot(rest_TE.argmax(-1), rest_TE.shape[-1]).bool()
+    second_rank_T1 = torch.where(second_TE, rank_TE, 0).sum(-1, keepdim=True)
+    moved_TE = (rank_TE >= 1) & (rank_TE < second_rank_T1)
+    return torch.where(second_TE, 1, rank_TE + moved_TE)
 
 
 def expert_weights(probs_TE: Tensor, mask_TE: Tensor, weighting: Weighting) -> Tensor:
@@ -150,7 +165,7 @@ class TokenChoiceRouter(Router):
         "second_expert": ("argmax", "gumbel"),
         "padding": ("exclude", "language"),
     }
-    mean_rpv: Tensor  # where the rule has the scope "ema"
+    mean_rpv: Tensor  # where one of the rule's scopes is "ema"
 
     def __init__(self, dim: int, spec: MoESpec):
         super().__init__(dim, spec)
@@ -162,7 +177,8 @@ class TokenChoiceRouter(Router):
         self.sharpening = Sharpening.of_options(spec.router_options)
         self.gate = GATES[spec.gate](dim, spec.num_experts)
         rule = spec.tail_rule
-        if spec.activates_tail and "ema" in (rule.scope, rule.eval_scope):
+        self._keeps_running_mean = spec.activates_tail and "ema" in (rule.scope, rule.eval_scope)
+        if self._keeps_running_mean:
             # double, as the threshold is compared in double; NaN until the first training batch
             self.register_buffer("mean_rpv", torch.tensor(math.nan, dtype=torch.float64))
         if spec.activates_tail and rule.kind == "learned":
@@ -183,7 +199,14 @@ class TokenChoiceRouter(Router):
 
             scope = rule.scope if self.training else rule.eval_scope
             tail_on = spec.activates_tail and (self.training or rule.in_eval)
-            threshold = self._threshold(logits_TE, context, scope) if tail_on else None
+            threshold = None
+            if tail_on:
+                compared_TE = logits_TE
+                if rule.source == "noisy" and noise_TE is not None:
+                    compared_TE = logits_TE + noise_TE
+                threshold = self._threshold(compared_TE, context, scope)
+                if self.training:
+                    self._move_running_mean(logits_TE, context)
             routing = route(
                 logits_TE,
                 context.modality_BL,
@@ -199,7 +222,7 @@ class TokenChoiceRouter(Router):
                 gumbel_TE=gumbel_TE,
             )
             if rule.kind == "learned" and threshold is not None and self.training:
-                routing = self._straight_through(routing, threshold)
+                routing = self._let_threshold_learn(routing, threshold, context, gumbel_TE)
             if self.training:
                 losses = self.sharpening.losses(routing.probs_TE, vision_T)
                 routing = replace(routing, router_losses=losses)
@@ -218,53 +241,79 @@ class TokenChoiceRouter(Router):
         noise_TE = torch.randn_like(logits_TE) * (spec.noise_std / spec.num_experts)
         return noise_TE if sharpening_TE is None else noise_TE + sharpening_TE
 
-    def _threshold(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
-        """Thresholds that need the router's state; None where `tail_tokens` computes its own."""
+    def _threshold(self, compared_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor | None:
+        """Thresholds that need the router's state; None where `tail_tokens` computes its own.
+
+        Args:
+            compared_TE: The logits whose RPV will be compared with the threshold.
+            context: Which tokens are.
+            scope: Of the mean.
+        """
         rule = self.spec.tail_rule
-        if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and scope != "ema"):
+        running = scope == "ema" and not self.training
+        if rule.kind not in ("mean", "learned") or (rule.kind == "mean" and not running):
             return None
         with torch.no_grad():
-            modality_BL = context.modality_BL
-            candidates_BL = modality_BL == int(rule.candidate_modality)
-            if context.is_cls_BL is not None and rule.cls != "vision":
-                candidates_BL = candidates_BL & ~context.is_cls_BL
-            rpv_T = routing_probability_variance(logits_TE.softmax(-1), unbiased=rule.unbiased)
-            mean = mean_rpv(
-                rpv_T.view(modality_BL.shape),
-                candidates_BL,
-                scope="batch" if scope == "ema" else scope,
-            )
-            if scope == "ema":
-                mean = self._running_mean(mean.reshape(()))
+            mean = self._mean_rpv(compared_TE, context, "image" if running else scope)
+            if running:
+                # before any training batch: the image's own, which is nothing of its batch mates
+                mean = torch.where(self.mean_rpv.isnan(), mean, self.mean_rpv)
         if rule.kind == "learned":
-            return F.softplus(self.threshold_factor) * mean
+            # without a candidate there is no mean, and nothing to compare with it: a NaN would
+            # only spoil the factor's gradient, which is zero then
+            return F.softplus(self.threshold_factor) * mean.nan_to_num(0.0)
         return mean
 
-    def _running_mean(self, batch_mean: Tensor) -> Tensor:
-        """In training the batch's own mean, which also moves the running one; else the latter."""
-        if not self.training:
-            # before any training batch there is nothing else to compare with
-            return torch.where(self.mean_rpv.isnan(), batch_mean, self.mean_rpv)
-        if not is_recomputed():
-            moved = _EMA_DECAY * self.mean_rpv + (1 - _EMA_DECAY) * batch_mean
-            moved = torch.where(self.mean_rpv.isnan(), batch_mean, moved)
-            self.mean_rpv.copy_(torch.where(batch_mean.isnan(), self.mean_rpv, moved))
-        return batch_mean
+    @torch.no_grad()
+    def _move_running_mean(self, logits_TE: Tensor, context: TokenContext) -> None:
+        """Let the running mean, where there is one, follow this batch's mean.
 
-    def _straight_through(self, routing: Routing, threshold: Tensor) -> Routing:
-        """Let the learned threshold see how the loss changes between head and tail weights."""
-        assert routing.shape_BL is not None  # `route` has set it
-        rpv_BL = routing_probability_variance(routing.probs_TE).view(routing.shape_BL).detach()
-        scale = threshold.detach().clamp(min=1e-12)
-        soft_T1 = torch.sigmoid((rpv_BL - threshold) / scale).reshape(-1, 1).float()
-        probs_TE = routing.selection_logits_TE.softmax(-1)
-        head_mask_TE = expert_rank(routing.selection_logits_TE) < self.spec.top_k
-        head_TE = expert_weights(probs_TE, head_mask_TE, self.spec.weighting)
-        tail_mask_TE = expert_rank(routing.selection_logits_TE) < self.spec.resolved_tail_top_k
-        tail_TE = expert_weights(probs_TE, tail_mask_TE, self.spec.weighting)
-        slope_TE = (tail_TE - head_TE).detach() * (soft_T1 - soft_T1.detach())
-        weights_TE = routing.combine_weights_TE + slope_TE * routing.dispatch_mask_TE
-        return Routing(**{**vars(routing), "combine_weights_TE": weights_TE})
+        Of clean probabilities whatever `TailRule.source` says: only evaluation reads the running
+        mean, and compares RPV without noise with it.
+        """
+        rule = self.spec.tail_rule
+        if not self._keeps_running_mean or is_recomputed():
+            return
+        scope: Scope = "global" if rule.scope == "global" else "batch"
+        mean = self._mean_rpv(logits_TE, context, scope).reshape(())
+        moved = _EMA_DECAY * self.mean_rpv + (1 - _EMA_DECAY) * mean
+        moved = torch.where(self.mean_rpv.isnan(), mean, moved)
+        self.mean_rpv.copy_(torch.where(mean.isnan(), self.mean_rpv, moved))
+
+    def _mean_rpv(self, logits_TE: Tensor, context: TokenContext, scope: Scope) -> Tensor:
+        rule = self.spec.tail_rule
+        rpv_T = routing_probability_variance(logits_TE.softmax(-1), unbiased=rule.unbiased)
+        rpv_BL = rpv_T.view(context.modality_BL.shape)
+        return mean_rpv(rpv_BL, _compared_tokens(context, rule), scope=scope)
+
+    def _let_threshold_learn(
+        self, routing: Routing, threshold: Tensor, context: TokenContext, gumbel_TE: Tensor | None
+    ) -> Routing:
+        """Show the threshold how the weights of head and tail tokens differ."""
+        spec, rule = self.spec, self.spec.tail_rule
+        with torch.no_grad():
+            probs_TE = routing.selection_logits_TE.softmax(-1)
+            rank_TE = choice_rank(routing.selection_logits_TE, gumbel_TE)
+            head_TE, tail_TE = (
+                expert_weights(probs_TE, (rank_TE < count) & routing.open_TE, spec.weighting)
+                for count in (spec.top_k, spec.resolved_tail_top_k)
+            )
+            compared_TE = routing.probs_TE if rule.source == "clean" else probs_TE
+            rpv_T = routing_probability_variance(compared_TE, unbiased=rule.unbiased)
+        return let_threshold_learn(
+            routing,
+            threshold,
+            rule,
+            rpv_BL=rpv_T.view(context.modality_BL.shape),
+            compared_BL=_compared_tokens(context, rule),
+            head_weights_TE=head_TE,
+            tail_weights_TE=tail_TE,
+        )
+
+
+def _compared_tokens(context: TokenContext, rule: TailRule) -> Tensor:
+    candidates_BL = context.modality_BL == int(rule.candidate_modality)
+    return compared_tokens(candidates_BL, context.is_cls_BL, rule)
 
 
 def _padding_as_language(modality_BL: Tensor) -> Tensor:
