@@ -104,8 +104,13 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.token_modality = TokenModality()
         make_sparse_(self.decoder, spec, token_modality=self.token_modality)
         # Routing is float32 whatever the rest of the model is, and so are its parameters. Said
-        # here, as a class attribute would be checked before there is a router.
-        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "router"}
+        # here, as a class attribute would be checked before there is a router; and name by name,
+        # since a module's name would turn its counts and flags into float32, too.
+        in_float32 = _floats_of_routers(self)
+        self._keep_in_fp32_modules_strict = {
+            *(self._keep_in_fp32_modules_strict or ()),
+            *in_float32,
+        }
 
     @property
     def _decides_per_sequence(self) -> bool:
@@ -311,6 +316,17 @@ def upcycle_llava(
     sparse.token_modality = token_modality
     sparse.generation_config = model.generation_config
     return sparse.train(model.training)
+
+
+def _floats_of_routers(model: nn.Module) -> set[str]:
+    """Names of the routers' parameters and buffers of the model's own type: what a checkpoint of
+    another type is cast to, which float64, integers and flags are not."""
+    return {
+        f"{layer}.router.{name}"
+        for layer, module in moe_layers(model).items()
+        for name, value in module.router.state_dict().items()
+        if value.is_floating_point() and value.dtype != torch.float64
+    }
 
 
 def _share_of_targets(kwargs: Mapping[str, Any]) -> Tensor | float:
