@@ -27,6 +27,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gmoe_ltdr.spec import MoESpec
+from gmoe_ltdr.vlm.checkpoint_files import read_config_json
 from gmoe_ltdr.vlm.decoder import selects_by_attention
 from gmoe_ltdr.vlm.deepspeed_stub import deepspeed_stub
 from gmoe_ltdr.vlm.modality import TokenModality
@@ -156,14 +157,7 @@ def load_moe_llava(
 
 
 def _class_of(folder: str | os.PathLike) -> Any:
-    import json
-    from pathlib import Path
-
-    path = Path(folder) / "config.json"
-    try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no readable config.json: {error}") from error
+    kind = read_config_json(folder).get("model_type")
     if kind not in _CLASSES:
         raise ValueError(
             f"{folder} has model_type {kind!r}; known are {', '.join(_CLASSES)}; for another, pass "

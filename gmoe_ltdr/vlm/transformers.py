@@ -309,6 +309,11 @@ def upcycle_llava(
         )
     if moe_layers(model):
         raise ValueError(f"the model is sparse already: {', '.join(moe_layers(model))}")
+    if getattr(model.config, "moe_spec", None) is not None:
+        raise ValueError(
+            "the model was loaded from a sparse LLaVA's folder, whose experts its class leaves "
+            "out; load that with LTDRLlavaForConditionalGeneration, or upcycle the dense LLaVA"
+        )
     values = model.config.to_dict()
     for name in ("model_type", "text_config", "vision_config", "architectures"):
         values.pop(name, None)
