@@ -26,10 +26,11 @@ _MOST_CLUSTERS = 1024
 
 
 def expert_combinations(num_experts: int, top_k: int) -> Tensor:
-    """All choices of `top_k` experts in lexicographic order, as a bool mask (C, E)."""
+    """All choices of `top_k` experts in lexicographic order, as a bool mask (C, E) on the CPU."""
     chosen = list(itertools.combinations(range(num_experts), top_k))
-    mask_CE = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
-    return mask_CE.scatter(1, torch.tensor(chosen), True)
+    # the CPU by name: a model may be built under another default device, meta included
+    mask_CE = torch.zeros(len(chosen), num_experts, dtype=torch.bool, device="cpu")
+    return mask_CE.scatter(1, torch.tensor(chosen, device="cpu"), True)
 
 
 def route_clusters(
@@ -78,7 +79,6 @@ class DistributionRouter(Router):
     """
 
     options: Mapping[str, Sequence[Any] | None] = CAPACITY_OPTIONS
-    combinations: Tensor
 
     def __init__(self, dim: int, spec: MoESpec):
         super().__init__(dim, spec)
@@ -92,8 +92,9 @@ class DistributionRouter(Router):
             )
         self.gate = GATES[spec.gate](dim, spec.num_experts)
         self.clusters = Centroids(self.num_clusters, dim)
-        combinations_CE = expert_combinations(spec.num_experts, spec.top_k)
-        self.register_buffer("combinations", combinations_CE, persistent=False)
+        # No buffer: no checkpoint holds it, and a loader that builds models on the meta device (as
+        # transformers does) would leave a buffer that nobody fills.
+        self._combinations_CE = expert_combinations(spec.num_experts, spec.top_k)
 
     def set_centroids_(self, centroids_CD: Tensor) -> None:
         """Take these centroids, one per combination of experts.
@@ -107,6 +108,12 @@ class DistributionRouter(Router):
                 f"{self.spec.top_k} of {self.spec.num_experts} experts"
             )
         self.clusters.set_(centroids_CD)
+
+    def combinations_on(self, device: torch.device) -> Tensor:
+        """`expert_combinations` of this layer, on a device; moved there once."""
+        if self._combinations_CE.device != device:
+            self._combinations_CE = self._combinations_CE.to(device)
+        return self._combinations_CE
 
     def forward(self, tokens_TD: Tensor, context: TokenContext) -> Routing:
         spec = self.spec
@@ -126,7 +133,7 @@ class DistributionRouter(Router):
                 logits_TE,
                 cluster_T,
                 context.modality_BL,
-                combinations_CE=self.combinations,
+                combinations_CE=self.combinations_on(tokens_TD.device),
                 weighting=spec.weighting,
                 noise_TE=noise_TE,
             )

@@ -1,4 +1,5 @@
-"""The weight files of a folder: read one tensor at a time, written in pieces of bounded size."""
+"""The files of a model's folder: its configuration, and weights that are read one tensor at a time
+and written in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -8,9 +9,50 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def read_config_json(folder: str | os.PathLike) -> dict[str, Any]:
+    """What a folder's config.json says.
+
+    Raises:
+        ValueError: There is none, it cannot be read, or it holds no names and values.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no readable config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"the config.json of {folder} holds a {type(config).__name__}, and no names and values"
+        )
+    return config
+
+
+def needed(config: Any, name: str, *, of: str) -> Any:
+    """A value that cannot be done without.
+
+    Args:
+        config: Values by name.
+        name: Which one.
+        of: Where they stand, for the error.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    if not isinstance(config, Mapping) or config.get(name) is None:
+        raise ValueError(f"{of} lacks {name!r}; is it complete?")
+    return config[name]
+
+
+def refuse_same_folder(source: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Raises a ValueError where writing would destroy what is read."""
+    if Path(source).resolve() == Path(folder).resolve():
+        raise ValueError(f"{folder} is where the model is read from; write into another folder")
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -21,21 +63,22 @@ class TensorFiles(Mapping[str, Tensor]):
         stack: Closes the files.
 
     Raises:
-        ValueError: It holds neither; later, a tensor that is not there.
+        ValueError: It holds neither, or a damaged file; later, a tensor that is not there.
     """
 
     def __init__(self, folder: Path, stack: ExitStack):
         self._readers: dict[str, Callable[[str], Tensor]] = {}
         files = sorted(folder.glob("*.safetensors"))
         if files:
-            from safetensors import safe_open
-
             for file in files:
-                opened = stack.enter_context(safe_open(file, "pt"))
+                opened = stack.enter_context(_open(file))
                 self._readers.update(dict.fromkeys(opened.keys(), opened.get_tensor))
             return
         for file in sorted(folder.glob("pytorch_model*.bin")):
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, EOFError, UnpicklingError) as error:
+                raise _damaged(file, error) from error
             self._readers.update(dict.fromkeys(state, state.__getitem__))
         if not self._readers:
             raise ValueError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin")
@@ -55,17 +98,29 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._readers)
 
 
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{file} is cut off or damaged ({reason}); copy or download it again")
+
+
 def tensor_sizes(folder: Path) -> dict[str, int]:
     """How many numbers each tensor of a folder's safetensors has; reads no weights.
 
     Raises:
-        ValueError: There are no such files.
+        ValueError: There are no such files, or one is damaged.
     """
-    from safetensors import safe_open
-
     sizes = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
+        with _open(file) as opened:
             for name in opened.keys():
                 sizes[name] = math.prod(opened.get_slice(name).get_shape())
     if not sizes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gmoe_ltdr.spec import MoESpec
     from gmoe_ltdr.stats import RoutingStats
 
 EXIT_OK, EXIT_USAGE = 0, 2
@@ -19,7 +21,7 @@ examples:
     ltdr vlm convert MoE-LLaVA-Phi2-2.7B-4e converted --tokenizer MoE-LLaVA-Phi2-2.7B-4e
 
   a Hugging Face LLaVA made sparse, to be trained with LTDR:
-    ltdr vlm upcycle llava-1.5-7b sparse --experts 4 --top_k 2 --layers sparse --preset ltdr
+    ltdr vlm upcycle llava-1.5-7b sparse --preset ltdr --experts 4 --top_k 2 --layers sparse
 
   what is in a folder:
     ltdr vlm inspect sparse
@@ -29,6 +31,11 @@ examples:
 """
 # MoE-LLaVA's names of which layers are sparse
 LAYERS = ("sparse", "first_half", "second_half", "dense")
+# By the beginning of a model type that cannot be made sparse
+_UPCYCLE_REMEDIES = {
+    "ltdr": "it is sparse already: train it, look at it (ltdr vlm inspect), or give the dense one",
+    "moe": "it is sparse already: use ltdr vlm convert",
+}
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -44,7 +51,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="a MoE-LLaVA checkpoint for transformers")
     convert.add_argument("source", help="folder with config.json and weights")
     convert.add_argument("folder", help="where to write")
-    convert.add_argument("--vision_tower", help="folder of the CLIP, where it is needed")
+    convert.add_argument(
+        "--vision_tower", "--vision-tower", help="folder of the CLIP, where it is needed"
+    )
     convert.add_argument("--tokenizer", help="folder of the tokenizer; brings a processor along")
     convert.add_argument(
         "--preset", default="baseline", help="router; baseline is MoE-LLaVA's (%(default)s)"
@@ -57,11 +66,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     upcycle.add_argument("source", help="folder of the dense LLaVA")
     upcycle.add_argument("folder", help="where to write")
     upcycle.add_argument("--preset", default="ltdr", help="router (%(default)s)")
-    upcycle.add_argument("--experts", type=int, default=4, help="per sparse layer (%(default)s)")
-    upcycle.add_argument("--top_k", type=int, default=2, help="experts per token (%(default)s)")
     upcycle.add_argument(
-        "--layers", nargs="+", default=["sparse"], metavar="LAYER",
-        help=f"{', '.join(LAYERS)}, or numbers (sparse: every other one)",
+        "--experts", type=int, help="per sparse layer (the preset's: 4 where it names no number)"
+    )
+    upcycle.add_argument(
+        "--top_k", "--top-k", type=int, help="experts per token (the preset's; ltdr, baseline: 2)"
+    )
+    upcycle.add_argument(
+        "--layers", nargs="+", metavar="LAYER",
+        help=f"{', '.join(LAYERS)}, or numbers (the preset's: sparse, every other one)",
     )  # fmt: skip
     upcycle.add_argument("--seed", type=int, default=0, help="of the gates (%(default)s)")
 
@@ -133,29 +146,46 @@ def _upcycle(args: argparse.Namespace) -> None:
     import torch
 
     try:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoProcessor
     except ImportError as error:
         raise ImportError(
             f"upcycle needs transformers ({error}): pip install 'gmoe-ltdr[vlm]'"
         ) from error
+    from gmoe_ltdr.vlm.checkpoint_files import needed, read_config_json, refuse_same_folder
     from gmoe_ltdr.vlm.decoder import vlm_preset
     from gmoe_ltdr.vlm.transformers import upcycle_llava
 
-    if not (Path(args.source) / "config.json").is_file():
-        raise ValueError(f"{args.source} holds no config.json; give the folder of a LLaVA")
-    model = LlavaForConditionalGeneration.from_pretrained(args.source, dtype="auto")
-    depth = len(model.model.language_model.layers)
-    spec = vlm_preset(
-        args.preset,
-        num_experts=args.experts,
-        top_k=args.top_k,
-        layers=layer_indices(args.layers, depth),
-    )
+    of = f"the config.json of {args.source}"
+    config = read_config_json(args.source)
+    kind = str(needed(config, "model_type", of=of))
+    if kind != "llava":
+        remedy = _UPCYCLE_REMEDIES.get(kind.partition("_")[0], "give the folder of a dense one")
+        raise ValueError(f"{args.source} has model_type {kind!r} and not 'llava'; {remedy}")
+    refuse_same_folder(args.source, args.folder)
+    given = {"num_experts": args.experts, "top_k": args.top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    spec = vlm_preset(args.preset, **given)
+    model = _load_dense(args.source)
+    if args.layers is not None:
+        depth = len(model.model.language_model.layers)
+        spec = replace(spec, layers=layer_indices(args.layers, depth))
     torch.manual_seed(args.seed)
     upcycle_llava(model, spec).save_pretrained(args.folder)
     if (Path(args.source) / "processor_config.json").is_file():
         AutoProcessor.from_pretrained(args.source).save_pretrained(args.folder)
-    print(f"wrote {args.folder}")
+    print(f"wrote {args.folder}: {_routing_in_words(spec)}")
+
+
+def _load_dense(folder: str) -> Any:
+    from safetensors import SafetensorError
+    from transformers import LlavaForConditionalGeneration
+
+    try:
+        return LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}: a weight file is cut off or damaged ({error}); copy or download it again"
+        ) from error
 
 
 def layer_indices(names: Sequence[str], depth: int) -> tuple[int, ...]:
@@ -181,44 +211,53 @@ def layer_indices(names: Sequence[str], depth: int) -> tuple[int, ...]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    import json
-
     from gmoe_ltdr.spec import MoESpec
-    from gmoe_ltdr.vlm.checkpoint_files import tensor_sizes
+    from gmoe_ltdr.vlm.checkpoint_files import needed, read_config_json, tensor_sizes
 
-    try:
-        config = json.loads((Path(args.folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{args.folder} holds no readable config.json: {error}") from error
+    config, of = read_config_json(args.folder), f"the config.json of {args.folder}"
     kind = config.get("model_type")
     if kind != "ltdr_llava":
         remedy = "ltdr vlm convert" if str(kind).startswith("moe_llava") else "ltdr vlm upcycle"
         raise ValueError(f"{args.folder} has model_type {kind!r}; use {remedy} first")
-    spec = MoESpec.from_dict(config["moe_spec"])
-    text = config["text_config"]
-    depth = text["num_hidden_layers"]
+    spec = MoESpec.from_dict(needed(config, "moe_spec", of=of))
+    text = needed(config, "text_config", of=of)
+    family, depth, width = (
+        needed(text, name, of=f"text_config in {of}")
+        for name in ("model_type", "num_hidden_layers", "hidden_size")
+    )
     sizes = tensor_sizes(Path(args.folder))
     in_experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     total = sum(sizes.values())
-    idle = in_experts * (1 - spec.top_k / spec.num_experts)
-    print(f"text model    {text['model_type']}, {depth} layers, width {text['hidden_size']}")
+    print(f"text model    {family}, {depth} layers, width {width}")
     print(f"sparse layers {' '.join(map(str, spec.block_indices(depth)))}")
-    print(
-        f"router        {spec.router}, {spec.gate} gate, {spec.num_experts} experts, "
-        f"top-{spec.top_k}"
-    )
+    print(f"router        {_routing_in_words(spec)}")
     tail = f"{spec.resolved_tail_top_k} experts" if spec.activates_tail else "as others"
     print(f"tail tokens   {tail}")
     balanced = ", ".join(sorted(m.name.lower() for m in spec.balanced_modalities))
     print(f"balanced      {'nothing' if spec.balance == 'none' else balanced}")
-    print(f"parameters    {total:,}; {round(total - idle):,} used by a token that is no tail")
+    used = "how many a token uses, its router decides"
+    if _takes_top_k(spec):
+        idle = in_experts * (1 - spec.top_k / spec.num_experts)
+        used = f"{round(total - idle):,} used by a token that is no tail"
+    print(f"parameters    {total:,}; {used}")
+
+
+def _takes_top_k(spec: MoESpec) -> bool:
+    """Whether an ordinary token has `top_k` experts, whatever the token."""
+    universal = spec.router == "cluster" and spec.router_options.get("universal", False)
+    return spec.router not in ("dynamic", "expert_choice") and not universal
+
+
+def _routing_in_words(spec: MoESpec) -> str:
+    top_k = f", top-{spec.top_k}" if _takes_top_k(spec) else ""
+    return f"{spec.router}, {spec.gate} gate, {spec.num_experts} experts{top_k}"
 
 
 def _demo(args: argparse.Namespace) -> None:
     import json
 
     from gmoe_ltdr.vlm.demo import run_demo
-    from gmoe_ltdr.vlm.report import routing_lines, table_lines
+    from gmoe_ltdr.vlm.report import routing_lines, table_lines, told_apart
 
     if args.steps < 3 or args.seeds < 1:
         raise ValueError(
@@ -231,15 +270,13 @@ def _demo(args: argparse.Namespace) -> None:
     seeds = [f"seed {seed}" for seed in range(args.seeds)]
     rows = [
         [name, *(f"{a:.3f}" for a in result.accuracies), f"{result.mean:.3f}",
-         f"{result.spread:.3f}"]
+         f"{result.spread:.3f}" if args.seeds > 1 else "-"]
         for name, result in results.items()
     ]  # fmt: skip
     print("\n".join(table_lines(["right answers", *seeds, "mean", "spread"], rows)))
-    print(
-        f"\nBefore these steps the dense model had {start:.3f} right. The seeds of one variant "
-        "differ by as much as\nthe variants do, so these are not told apart here. What differs is "
-        "their routing:"
-    )
+    print(f"\nBefore these steps the dense model had {start:.3f} right.")
+    print(told_apart({name: result.accuracies for name, result in results.items()}))
+    print("What their routers do:")
     for name, result in results.items():
         if result.stats is not None:
             print()

@@ -1,7 +1,7 @@
 """MoE-LLaVA's own model classes with the routers of this package, in place.
 
-    convert_moe_llava(model, vlm_preset("ltdr"))                         # DeepSpeed is gone
-    convert_moe_llava(model, vlm_preset("ltdr"), backend="deepspeed")    # only its gates are
+    convert_moe_llava(model, "ltdr")                                     # DeepSpeed is gone
+    convert_moe_llava(model, "ltdr", backend="deepspeed")                # only its gates are
 
 State dict, LoRA targets, `train_modules`, the loss and `generate` stay as they are. Four defects of
 the host are known; three are repaired on the way (`REPAIRS`):
@@ -20,14 +20,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
 from gmoe_ltdr.spec import MoESpec
-from gmoe_ltdr.vlm.decoder import selects_by_attention
+from gmoe_ltdr.vlm.checkpoint_files import read_config_json
+from gmoe_ltdr.vlm.decoder import selects_by_attention, vlm_preset
 from gmoe_ltdr.vlm.deepspeed_stub import deepspeed_stub
 from gmoe_ltdr.vlm.modality import TokenModality
 from gmoe_ltdr.vlm.moe_llava_forwards import (
@@ -37,7 +38,11 @@ from gmoe_ltdr.vlm.moe_llava_forwards import (
     Splicing,
     never_three_rows,
 )
-from gmoe_ltdr.vlm.moe_llava_layers import DeepSpeedGate, MoELlavaLayer
+from gmoe_ltdr.vlm.moe_llava_layers import (
+    DeepSpeedGate,
+    MoELlavaLayer,
+    check_router_of_host,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +57,7 @@ _CLASSES = {
 
 def convert_moe_llava(
     model: nn.Module,
-    spec: MoESpec,
+    spec: MoESpec | str,
     backend: Literal["native", "deepspeed"] = "native",
     *,
     repair: Collection[str] = REPAIRS,
@@ -61,10 +66,12 @@ def convert_moe_llava(
 
     Args:
         model: The host's causal language model with its MoE layers, or a wrapper of one (PEFT).
-        spec: How to route. Which layers are sparse, how many experts they have and the weight of
-            the balance loss (`router_aux_loss_coef`) are the model's. Tail tokens of a checkpoint
-            that was trained without them change its outputs: that is where training starts, and no
-            reproduction of anything.
+        spec: How to route: a preset's name, which takes its number of experts and its top-k from
+            the model, or a description, whose own top-k holds (with a warning, where the model has
+            another). Which layers are sparse, how many experts they have and the weight of the
+            balance loss (`router_aux_loss_coef`, as it is now) are the model's. Tail tokens of a
+            checkpoint that was trained without them change its outputs: that is where training
+            starts, and no reproduction of anything.
         backend: "native" computes the experts here; "deepspeed" replaces the gates alone.
         repair: Which of the host's defects to repair, of `REPAIRS`.
 
@@ -73,26 +80,31 @@ def convert_moe_llava(
         `inputs_embeds` are passed directly: `with model.token_modality.using(...)`.
 
     Raises:
-        ValueError: No such model, no MoE layer, converted before, or a tail rule that needs
-            attention scores.
+        ValueError: No such model, no MoE layer, converted before, a router that does not fit the
+            model, or a tail rule that needs attention scores. The model is as before then.
         NotImplementedError: Experts on several ranks without DeepSpeed, or Tutel's.
     """
     if backend not in ("native", "deepspeed"):
         raise ValueError(f"backend={backend!r} is neither 'native' nor 'deepspeed'")
     if set(repair) - set(REPAIRS):
         raise ValueError(f"repair={tuple(repair)} may hold {', '.join(REPAIRS)}")
+    host = _find_host(model)
+    decoder = host.get_model()
+    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
+    sparse = _sparse_layers(layers, host, backend)
+    spec = _spec_for_host(spec, [layers[i].mlp for i in sparse], host)
     if selects_by_attention(spec):
         raise ValueError(
             "TailRule(kind='attention') needs the attention from text to image tokens, which "
             "MoE-LLaVA's layers do not hand out; use kind='mean' or 'quantile', or a converted "
             "checkpoint (from_moe_llava) with attn_implementation='eager'"
         )
-    host = _find_host(model)
-    decoder = host.get_model()
-    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
-    sparse = _sparse_layers(layers, host, backend)
     weight = getattr(host, "router_aux_loss_coef", spec.balance_weight)
-    specs = {i: _spec_of_layer(spec, layers[i].mlp, weight) for i in sparse}
+    specs = {i: _spec_of_layer(spec, layers[i].mlp, weight, index=i) for i in sparse}
+    if weight == 0:
+        # a product with zero would take the router's own losses along; without a balance loss these
+        # are all there is to multiply
+        host.router_aux_loss_coef = 1.0
 
     modality = TokenModality()
     for index, layer_spec in specs.items():
@@ -127,7 +139,7 @@ def convert_moe_llava(
 
 def load_moe_llava(
     folder: str | os.PathLike,
-    spec: MoESpec,
+    spec: MoESpec | str,
     *,
     cls: Any = None,
     repair: Collection[str] = REPAIRS,
@@ -156,14 +168,7 @@ def load_moe_llava(
 
 
 def _class_of(folder: str | os.PathLike) -> Any:
-    import json
-    from pathlib import Path
-
-    path = Path(folder) / "config.json"
-    try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no readable config.json: {error}") from error
+    kind = read_config_json(folder).get("model_type")
     if kind not in _CLASSES:
         raise ValueError(
             f"{folder} has model_type {kind!r}; known are {', '.join(_CLASSES)}; for another, pass "
@@ -223,11 +228,42 @@ def _sparse_layers(layers: Any, host: Any, backend: str) -> list[int]:
     return found
 
 
-def _spec_of_layer(spec: MoESpec, mlp: Any, weight: float) -> MoESpec:
+def _spec_for_host(spec: MoESpec | str, mlps: Sequence[Any], host: Any) -> MoESpec:
+    """The description, of a preset by the model's numbers; says where they are not the model's."""
+    experts = [mlp.deepspeed_moe.gate.wg.out_features for mlp in mlps]
+    settings = getattr(host.config, "moe", None) or {}
+    top_k = getattr(mlps[0].deepspeed_moe.gate, "k", settings.get("top_k_experts"))
+    if isinstance(spec, str):
+        numbers = {"num_experts": max(experts)}
+        if top_k is not None:
+            numbers["top_k"] = int(top_k)
+        return vlm_preset(spec, **numbers)
+    if top_k is not None and spec.top_k != top_k:
+        _log.warning(
+            "the spec's top_k=%d replaces the model's top_k_experts=%d, which changes what the "
+            "model computes; a preset's name in place of the spec keeps it",
+            spec.top_k,
+            top_k,
+        )
+    if set(experts) != {spec.num_experts}:
+        _log.warning(
+            "the spec's num_experts=%d is not used: the model's layers have %s",
+            spec.num_experts,
+            ", ".join(map(str, experts)),
+        )
+    return spec
+
+
+def _spec_of_layer(spec: MoESpec, mlp: Any, weight: float, *, index: int) -> MoESpec:
     if spec.shared_experts or spec.expert_split != 1:
         raise ValueError(
             f"shared_experts={spec.shared_experts}, expert_split={spec.expert_split}: the model's "
             "experts are what they are; make a new sparse model with upcycle_llava for these"
         )
     wg: Any = mlp.deepspeed_moe.gate.wg
-    return replace(spec, num_experts=wg.out_features, balance_weight=float(weight))
+    try:
+        found = replace(spec, num_experts=wg.out_features, balance_weight=float(weight))
+        check_router_of_host(wg, found)
+    except ValueError as error:
+        raise ValueError(f"layer {index}: {error}") from error
+    return found

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmoe_ltdr.vlm.checkpoint_files import TensorFiles, write_shards
+from gmoe_ltdr.vlm.checkpoint_files import TensorFiles, refuse_same_folder, write_shards
 from gmoe_ltdr.vlm.moe_llava_config import (
     feature_strategy,
     num_features,
@@ -62,7 +62,7 @@ def from_moe_llava(
 
     Args:
         source: A folder with config.json and safetensors or PyTorch files.
-        folder: Where to write; created if need be.
+        folder: Where to write, another one; created if need be.
         preset: Which router, see `vlm_preset`. "baseline" is MoE-LLaVA's. "ltdr" gives its tail
             tokens more experts than it was trained with, which reproduces nothing published; it is
             where training with LTDR starts.
@@ -81,6 +81,7 @@ def from_moe_llava(
         ImportError: transformers is missing.
     """
     source, folder = Path(source), Path(folder)
+    refuse_same_folder(source, folder)
     old = read_config(source)
     spec = spec_of(old, preset)
     from gmoe_ltdr.vlm.transformers import LTDRLlavaConfig, LTDRLlavaForConditionalGeneration

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from gmoe_ltdr.spec import MoESpec
+from gmoe_ltdr.spec import PRESETS, MoESpec
+from gmoe_ltdr.vlm.checkpoint_files import needed, read_config_json
 from gmoe_ltdr.vlm.decoder import vlm_preset
 
 # MoE-LLaVA's model type: transformers' model type of its language model
@@ -27,6 +28,8 @@ _TEXT_FIELDS = (
     "max_window_layers", "resid_pdrop", "embd_pdrop", "attention_dropout", "tie_word_embeddings",
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+# Routers whose weights are a gate's and nothing else
+_ROUTERS_OF_ONE_GATE = ("token_choice", "groups", "expert_choice")
 # openai/clip-vit-large-patch14-336, the tower of all published models
 _CLIP_LARGE_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -40,16 +43,14 @@ def read_config(source: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is none, or it is that of another kind of model.
     """
-    try:
-        config = json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} holds no readable config.json: {error}") from error
+    config = read_config_json(source)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
             f"{source} has model_type {kind!r}; {', '.join(FAMILIES)} can be converted (Qwen-1 and "
             "MiniCPM have no counterpart in transformers; use convert_moe_llava on the model)"
         )
+    needed(config, "vocab_size", of=f"the config.json of {source}")
     return config
 
 
@@ -57,10 +58,13 @@ def spec_of(old: Mapping[str, Any], preset: str) -> MoESpec:
     """The sparse layers as `config.moe` describes them.
 
     Raises:
-        ValueError: No sparse layer, or something that has no counterpart.
+        ValueError: No sparse layer, something that has no counterpart, or a preset with parts that
+            the checkpoint does not have.
         NotImplementedError: Experts on several ranks, or Tutel's.
     """
     moe = old.get("moe") or {}
+    if not isinstance(moe, Mapping):
+        raise ValueError(f"config.moe of the checkpoint is a {type(moe).__name__}, and no mapping")
     layers = moe.get("moe_layers_idx")
     if not layers:
         raise ValueError("the checkpoint has no MoE layer (config.moe.moe_layers_idx is empty)")
@@ -76,7 +80,14 @@ def spec_of(old: Mapping[str, Any], preset: str) -> MoESpec:
             "residual experts (use_residual) have no counterpart in this model; use "
             "convert_moe_llava, which keeps them"
         )
-    numbers = moe["num_experts"]
+    obstacle = _obstacle(preset)
+    if obstacle is not None:
+        able = ", ".join(name for name in PRESETS if _obstacle(name) is None)
+        raise ValueError(
+            f"preset {preset!r} cannot take a MoE-LLaVA checkpoint, {obstacle}; {able} can, or "
+            "make a dense LLaVA sparse with it (ltdr vlm upcycle, upcycle_llava)"
+        )
+    numbers = needed(moe, "num_experts", of="config.moe of the checkpoint")
     numbers = [numbers] if isinstance(numbers, int) else numbers
     if len(set(numbers)) != 1:
         raise ValueError(
@@ -92,10 +103,22 @@ def spec_of(old: Mapping[str, Any], preset: str) -> MoESpec:
     return vlm_preset(
         preset,
         num_experts=numbers[0],
-        top_k=moe["top_k_experts"],
+        top_k=needed(moe, "top_k_experts", of="config.moe of the checkpoint"),
         layers=tuple(layers),
         balance_weight=moe.get("router_aux_loss_coef", 0.01),
     )
+
+
+def _obstacle(preset: str) -> str | None:
+    """What a preset has that such a checkpoint has not; None: nothing."""
+    spec = vlm_preset(preset)
+    if spec.router not in _ROUTERS_OF_ONE_GATE:
+        return f"whose gate is all that router {spec.router!r} would find of its weights"
+    if spec.shared_experts:
+        return "which has no shared experts"
+    if spec.expert_split != 1:
+        return "whose experts are whole networks and not pieces of one"
+    return None
 
 
 def text_config_of(old: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -135,6 +158,14 @@ def feature_strategy(old: Mapping[str, Any]) -> Literal["default", "full"]:
 
 
 def num_features(vision: Mapping[str, Any], old: Mapping[str, Any]) -> int:
-    """How many tokens one image becomes."""
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    """How many tokens one image becomes.
+
+    Raises:
+        ValueError: The image tower's configuration does not say.
+    """
+    image, patch = (
+        needed(vision, name, of="the image tower's configuration")
+        for name in ("image_size", "patch_size")
+    )
+    patches = (image // patch) ** 2
     return patches + (feature_strategy(old) == "full")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,6 +94,28 @@ class HostGate:
             return wg(tokens_TD.to(next(wg.parameters()).dtype)).float()
 
 
+def check_router_of_host(wg: nn.Linear, spec: MoESpec) -> None:
+    """Whether `router_of_host` can make this router; changes nothing.
+
+    Args:
+        wg: The host's gate.
+        spec: Which router.
+
+    Raises:
+        ValueError: A setting that cannot be, or a router that scores something else than tokens
+            with a gate that is made for tokens.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        router: Any = create_router(wg.in_features, spec)
+    gate = getattr(router, "gate", None)
+    if isinstance(gate, LinearGate) and gate.weight.shape[1] != wg.in_features:
+        raise ValueError(
+            f"router {spec.router!r} scores embeddings of width {gate.weight.shape[1]}, but the "
+            f"model's gate takes width {wg.in_features}; use embeddings of that width, or "
+            "gate='cosine', which is the router's own"
+        )
+
+
 def router_of_host(holder: nn.Module, spec: MoESpec) -> Router:
     """A router that scores experts with the host's `wg`.
 
@@ -123,10 +144,8 @@ def router_of_host(holder: nn.Module, spec: MoESpec) -> Router:
 
 def host_loss(routing: Routing, spec: MoESpec) -> Tensor:
     """The layer's balance loss as the host expects it: its model multiplies the sum of all layers'
-    by `router_aux_loss_coef`, which is `spec.balance_weight`."""
-    if spec.balance_weight == 0:
-        return balance_loss([routing], replace(spec, balance_weight=1.0))
-    return balance_loss([routing], spec) / spec.balance_weight
+    by `router_aux_loss_coef`, which is `spec.balance_weight`, or 1 where that is 0."""
+    return balance_loss([routing], spec) / (spec.balance_weight or 1.0)
 
 
 def first_choices(routing: Routing) -> Tensor:

@@ -6,7 +6,8 @@ of routing-probability variance, RPV (figure 1b; split into head and tail, figur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 
 from gmoe_ltdr.routing import Modality
 from gmoe_ltdr.rpv_bins import rpv_edges
@@ -59,3 +60,24 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterato
     for row in [header, *rows]:
         first, *rest = (cell.rjust(w) for cell, w in zip(row, widths, strict=True))
         yield "  ".join([first.strip().ljust(widths[0]), *rest]).rstrip()
+
+
+def told_apart(accuracies: Mapping[str, Sequence[float]]) -> str:
+    """One sentence: how far variants lie apart beside how far the seeds of one do.
+
+    Args:
+        accuracies: One per seed, by variant.
+    """
+    means = [statistics.mean(found) for found in accuracies.values()]
+    between = max(means) - min(means)
+    if min(map(len, accuracies.values())) < 2:
+        return (
+            f"The variants lie up to {between:.3f} apart; one seed shows no spread, so nobody can "
+            "say whether that is chance."
+        )
+    within = max(max(found) - min(found) for found in accuracies.values())
+    verdict = "so these are not told apart here" if within >= between else "so seeds alone do less"
+    return (
+        f"The variants' means lie up to {between:.3f} apart, the seeds of one variant up to "
+        f"{within:.3f}: {verdict}."
+    )

@@ -15,6 +15,7 @@ Shapes: B rows of the batch (sequences), S tokens per row.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -49,6 +50,12 @@ except ImportError as error:
 
 
 LANGUAGE = Modality.LANGUAGE
+_NOT_IN_A_LOSS = (
+    "training without labels: the balance loss is in output.aux_loss and in no loss. Pass labels=, "
+    "or add it to the loss you make. Trainer takes the labels away with label_smoothing_factor, "
+    "which leaves it out (and does not shift the labels of a LLaVA: set it to 0), and with "
+    "compute_loss_func, which can add it"
+)
 
 
 class LTDRLlavaConfig(LlavaConfig):
@@ -82,8 +89,9 @@ class LTDRLlavaOutput(LlavaCausalLMOutputWithPast):
     """LLaVA's output.
 
     Attributes:
-        aux_loss: What balancing (and the router's own losses) add to the loss, already weighted;
-            None without labels.
+        aux_loss: What balancing (and the router's own losses) add to the loss, already weighted.
+            With labels it is in the loss; in training without them, whoever makes the loss adds it;
+            None in evaluation without labels.
     """
 
     aux_loss: Tensor | None = None
@@ -104,8 +112,13 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.token_modality = TokenModality()
         make_sparse_(self.decoder, spec, token_modality=self.token_modality)
         # Routing is float32 whatever the rest of the model is, and so are its parameters. Said
-        # here, as a class attribute would be checked before there is a router.
-        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "router"}
+        # here, as a class attribute would be checked before there is a router; and name by name,
+        # since a module's name would turn its counts and flags into float32, too.
+        in_float32 = _floats_of_routers(self)
+        self._keep_in_fp32_modules_strict = {
+            *(self._keep_in_fp32_modules_strict or ()),
+            *in_float32,
+        }
 
     @property
     def _decides_per_sequence(self) -> bool:
@@ -130,7 +143,8 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         It is needed where `inputs_embeds` hide the image tokens, and replaces the search for them
         elsewhere. With labels, the loss contains the balance loss; under gradient accumulation each
-        part's balance loss counts by its share of the targets, as its cross-entropy does.
+        part's balance loss counts by its share of the targets, as its cross-entropy does. In
+        training without labels it is in no loss yet, which a warning says.
 
         Raises:
             ValueError: `inputs_embeds` of several tokens without `vision_mask`.
@@ -150,7 +164,8 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         names = list(sequence_routers(self))
         decided = decisions_in(cache, names, depth=depth) if _cached_length(kwargs) else None
         is_prompt = decided is None and bool(names)
-        watches = labels is not None or is_prompt
+        balances = labels is not None or (self.training and torch.is_grad_enabled())
+        watches = balances or is_prompt
         routings: dict[str, Routing] = {}
         with self.token_modality.using(context):
             if not watches and not decided:  # the plain way, which torch.compile can follow
@@ -163,12 +178,15 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if is_prompt and _cache(values) is not None:
             # nothing lives as long as the prompt is known but the cache, so that keeps it
             with_decisions(_cache(values), sequence_decisions(self, routings), depth=depth)
-        if labels is not None:
-            spec, device = self.config.spec, values["loss"].device
+        if balances:
+            spec, device = self.config.spec, values["logits"].device
             # layer by layer, since layers may be on different devices
             per_layer = [balance_loss([routing], spec).to(device) for routing in routings.values()]
             values["aux_loss"] = torch.stack(per_layer).sum()
-            values["loss"] = values["loss"] + _share_of_targets(kwargs) * values["aux_loss"]
+            if labels is not None:
+                values["loss"] = values["loss"] + _share_of_targets(kwargs) * values["aux_loss"]
+            elif _has_balance_loss(spec, routings):
+                warnings.warn(_NOT_IN_A_LOSS, stacklevel=2)
         output = LTDRLlavaOutput(**values)
         return output if return_dict else output.to_tuple()
 
@@ -291,6 +309,11 @@ def upcycle_llava(
         )
     if moe_layers(model):
         raise ValueError(f"the model is sparse already: {', '.join(moe_layers(model))}")
+    if getattr(model.config, "moe_spec", None) is not None:
+        raise ValueError(
+            "the model was loaded from a sparse LLaVA's folder, whose experts its class leaves "
+            "out; load that with LTDRLlavaForConditionalGeneration, or upcycle the dense LLaVA"
+        )
     values = model.config.to_dict()
     for name in ("model_type", "text_config", "vision_config", "architectures"):
         values.pop(name, None)
@@ -311,6 +334,24 @@ def upcycle_llava(
     sparse.token_modality = token_modality
     sparse.generation_config = model.generation_config
     return sparse.train(model.training)
+
+
+def _floats_of_routers(model: nn.Module) -> set[str]:
+    """Names of the routers' parameters and buffers of the model's own type: what a checkpoint of
+    another type is cast to, which float64, integers and flags are not."""
+    return {
+        f"{layer}.router.{name}"
+        for layer, module in moe_layers(model).items()
+        for name, value in module.router.state_dict().items()
+        if value.is_floating_point() and value.dtype != torch.float64
+    }
+
+
+def _has_balance_loss(spec: MoESpec, routings: Mapping[str, Routing]) -> bool:
+    """Whether training adds anything to the loss; if not, `balance_loss` is a zero."""
+    weights = spec.router_options.get("balance_weights") or {"all": spec.balance_weight}
+    balances = spec.balance != "none" and any(weights.values())
+    return balances or any(plan.router_losses for plan in routings.values())
 
 
 def _share_of_targets(kwargs: Mapping[str, Any]) -> Tensor | float:

@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from gmoe_ltdr import collect_routing, moe_layers, use_expert_backend
+from gmoe_ltdr.image_info import set_image_info
 from gmoe_ltdr.routing import Modality
 from gmoe_ltdr.tail import TailRule
 from gmoe_ltdr.vlm import spliced_modality_map, vlm_preset
@@ -374,6 +375,24 @@ class TestLayers:
         wg = "model.layers.0.mlp.deepspeed_moe.gate.wg.weight"
         assert not dict(model.named_parameters())[wg].requires_grad  # it decides nothing now
 
+    @pytest.mark.parametrize("backend", ["native", "deepspeed"])
+    def test_own_losses_count_where_the_balance_loss_does_not(self, backend):
+        """router_aux_loss_coef=0 says something of the balance loss, and nothing of the tasks'."""
+        spec = vlm_preset("baseline", router="task_supervised")
+        g = golden()
+        batch = (g.input_ids, g.attention_mask, g.labels, g.images)
+        model = convert_moe_llava(host(router_aux_loss_coef=0), spec, backend).train()
+        set_image_info(model, domain_B=torch.tensor([0, 1]))
+        with collect_routing(model) as routings:
+            output = model(*batch)
+        own = sum(loss for r in routings.values() for loss in r.router_losses.values())
+        assert own > 0
+        plain = convert_moe_llava(host(router_aux_loss_coef=0), PLAIN, backend).train()
+        alone = plain(*batch)
+        assert sum(alone.moe_losses) == 0
+        # tasks move no token, so this is the same cross-entropy
+        torch.testing.assert_close(output.loss - own, alone.loss)
+
     def test_back_ends_of_modules(self):
         model = convert_moe_llava(golden_host(), LTDR)
         use_expert_backend(model, "dense")
@@ -488,7 +507,66 @@ class TestWithoutDeepSpeed:
             load_moe_llava(tmp_path, PLAIN)
 
 
+class TestNumbersOfTheHost:
+    """Number of experts and top-k: a preset's name takes the model's, a spec its own, aloud."""
+
+    @pytest.mark.parametrize("backend", ["native", "deepspeed"])
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_a_presets_name(self, backend, k, caplog):
+        expected = golden_output(host(top_k_experts=k)).logits
+        model = convert_moe_llava(host(top_k_experts=k), "baseline", backend)
+        assert_golden(golden_output(model).logits, expected)
+        assert model.config.moe_spec["top_k"] == k
+        assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+    def test_the_config_says_it_where_no_gate_does(self, tmp_path):
+        with deepspeed_stub():
+            from deepspeed.moe.layer import MoE
+
+        class Loadable(FakeMoELlava):
+            @classmethod
+            def from_pretrained(cls, _folder):
+                values = {**golden().config, "moe": {**golden().config["moe"], "top_k_experts": 1}}
+                return cls(values, golden().clip, moe_class=MoE)
+
+        model = load_moe_llava(tmp_path, "baseline", cls=Loadable)
+        assert [layer.spec.top_k for layer in moe_layers(model).values()] == [1, 1]
+
+    def test_a_spec_that_says_otherwise(self, caplog):
+        model = convert_moe_llava(host(top_k_experts=1), vlm_preset("baseline", num_experts=6))
+        assert [layer.spec.top_k for layer in moe_layers(model).values()] == [2, 2]
+        first, second = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+        assert "the spec's top_k=2 replaces the model's top_k_experts=1" in first
+        assert "the spec's num_experts=6 is not used: the model's layers have 4, 4" in second
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("backend", ["native", "deepspeed"])
+    def test_all_layers_are_looked_at_before_one_is_changed(self, backend):
+        model = host(num_experts=[4, 1], top_k_experts=1)
+        before = [layer.mlp for layer in model.model.layers]
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match=r"layer 2: .*num_experts=1"):
+            convert_moe_llava(model, "groups_v2Top1-t2Top1", backend)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [layer.mlp for layer in model.model.layers] == before
+        assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+        convert_moe_llava(model, "baseline", backend)
+        assert torch.isfinite(golden_output(model).loss)
+
+    def test_embeddings_of_another_width_than_the_gate(self):
+        options = {"num_clusters": 4, "embedding_dim": 8}
+        spec = vlm_preset("baseline", router="cluster", router_options=options)
+        with pytest.raises(ValueError, match="embeddings of width 8, but the model's gate takes"):
+            convert_moe_llava(golden_host(), spec)
+        own = vlm_preset("baseline", router="cluster", router_options=options, gate="cosine")
+        model = convert_moe_llava(golden_host(), own)
+        for layer in moe_layers(model).values():
+            layer.router.set_centroids_(torch.eye(8)[:4])
+        set_image_info(model, embedding_BD=torch.eye(8)[:2])
+        assert torch.isfinite(golden_output(model).loss)
+
     def test_no_model_of_that_kind(self):
         with pytest.raises(ValueError, match=r"Linear is no MoE-LLaVA .*upcycle_llava"):
             convert_moe_llava(nn.Linear(2, 2), PLAIN)

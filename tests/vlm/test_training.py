@@ -87,6 +87,61 @@ def test_trainer_accumulates_gradients(batch_size, checkpointing, tmp_path):
     assert (moved - start).abs().max() > 1e-3
 
 
+def trainer_of(model, folder, data, *, compute_loss_func=None, **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, max_steps=1, report_to="none", save_strategy="no",
+        per_device_train_batch_size=len(data), optim="sgd", learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant", max_grad_norm=0.0, disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    return Trainer(
+        model, arguments, data_collator=collate, train_dataset=data,
+        compute_loss_func=compute_loss_func,
+    )  # fmt: skip
+
+
+def test_without_labels_the_balance_loss_is_handed_out_and_said_to_be_in_no_loss(tmp_path):
+    """Trainer takes labels away where it, or the user, makes the loss."""
+    model = model_to_train()
+    batch = collate(rows())
+    expected = model(**batch)
+    labels = batch.pop("labels")
+    with pytest.warns(UserWarning, match="training without labels: .* Pass labels="):
+        found = model(**batch)
+    assert found.loss is None
+    assert torch.equal(found.aux_loss, expected.aux_loss)
+    logits = found.logits[:, :-1].flatten(0, 1)
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    torch.testing.assert_close(cross_entropy + found.aux_loss, expected.loss)
+    with pytest.warns(UserWarning, match="label_smoothing_factor"):
+        trainer_of(model, tmp_path, rows(), label_smoothing_factor=0.1).train()
+
+
+def test_nothing_is_said_where_there_is_nothing_to_add(recwarn):
+    batch = collate(rows())
+    del batch["labels"]
+    for nothing in ({"balance": "none"}, {"balance_weight": 0.0}):
+        sparse_llava(**nothing).train()(**batch)
+    with torch.no_grad():
+        model_to_train()(**batch)
+    model_to_train().eval()(**batch)
+    assert not [w for w in recwarn if "labels" in str(w.message)]
+
+
+def test_a_loss_function_of_the_users_own_can_add_the_balance_loss(tmp_path):
+    def loss_of(output, labels, num_items_in_batch=None):
+        logits = output.logits[:, :-1].flatten(0, 1)
+        targets = labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, targets) + output.aux_loss
+
+    expected = one_step_by_hand([collate(rows())])
+    model = model_to_train()
+    with pytest.warns(UserWarning, match="compute_loss_func, which can add it"):
+        trainer_of(model, tmp_path, rows(), compute_loss_func=loss_of).train()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
 def ranks_gradients():
     """One rank's half of a step, as Trainer scales it; the gradients by name."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
