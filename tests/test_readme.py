@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from domainbed_ext import sweep_flags
 from domainbed_ext.algorithms import ALGORITHMS
 from domainbed_ext.cli import COMMANDS
 from domainbed_ext.hparams import CORE_ALGORITHMS
+from domainbed_ext.launchers import REGISTRY
 from domainbed_ext.scripts import collect_results, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -54,14 +56,14 @@ def test_commands_of_the_tables_page_parse():
 
 def test_commands_of_the_clusters_page_and_of_the_help_parse():
     page = (ROOT / "docs" / "clusters.md").read_text()
-    for text in (page, sweep.EXAMPLES):
+    for text in (page, sweep_flags.EXAMPLES):
         lines = re.findall(r"^    ltdr sweep (.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
         assert len(lines) >= 5
         for line in lines:
             words = shlex.split(line.replace("...", ""), comments=True)
-            args = sweep.build_parser().parse_args(words)
-            assert args.command_launcher in sweep.REGISTRY
-    for launcher in sweep.REGISTRY:
+            args = sweep_flags.build_parser().parse_args(words)
+            assert args.command_launcher in REGISTRY
+    for launcher in REGISTRY:
         assert f"`{launcher}`" in page
 
 
