@@ -31,7 +31,8 @@ class TailRule:
             "attention" takes, per image, the share `value` that the class token or the instruction
             attends to most (IAT); "threshold" compares with the RPV `value`; "learned" multiplies
             the mean by a trained factor; "none" selects nothing.
-        value: Share for "quantile" and "attention" (0.15 if None), RPV for "threshold".
+        value: Share for "quantile" and "attention" (0.15 if None), RPV for "threshold"; other kinds
+            have none.
         scope: Over which tokens the mean or the share is taken in training: "batch" (all vision
             tokens of this forward, this layer, this rank), "image", "global" (all ranks), or "ema"
             (the batch in training, a running mean in evaluation; before there is one, the image).
@@ -76,6 +77,11 @@ class TailRule:
                 raise ValueError(
                     f"TailRule.{name}={getattr(self, name)!r} is not one of {', '.join(values)}"
                 )
+        if self.value is not None and self.kind not in ("threshold", "quantile", "attention"):
+            raise ValueError(
+                f"TailRule(kind={self.kind!r}, value={self.value}): only the kinds threshold, "
+                "quantile and attention have a value; leave it out"
+            )
         if self.kind == "threshold" and self.value is None:
             raise ValueError("TailRule(kind='threshold') needs value=, the RPV to compare with")
         if self.kind in ("quantile", "attention"):
