@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gmoe_ltdr.routing import Modality
+from gmoe_ltdr.routing import Modality, place_in_row
 
 Scope = Literal["batch", "image", "global", "ema"]
 
@@ -152,14 +152,11 @@ def mean_rpv(
 @torch.no_grad()
 def top_share(scores_BL: Tensor, candidates_BL: Tensor, share: float) -> Tensor:
     """The max(1, floor(share * candidates)) best candidates of each row; ties by index. Bool."""
-    order = torch.where(candidates_BL, scores_BL.double(), -torch.inf)
-    order = order.sort(dim=-1, descending=True, stable=True).indices
+    place_BL = place_in_row(torch.where(candidates_BL, scores_BL.double(), -torch.inf))
     num_candidates = candidates_BL.sum(-1, keepdim=True)
     # an epsilon keeps floor(.15 * 20) at 3 when .15 * 20 is 2.9999999
     quota = (num_candidates.double() * share + 1e-9).floor().clamp(min=1)
-    chosen_in_order = torch.arange(scores_BL.shape[-1], device=scores_BL.device) < quota
-    chosen = torch.zeros_like(candidates_BL).scatter(-1, order, chosen_in_order)
-    return chosen & candidates_BL
+    return candidates_BL & (place_BL < quota)
 
 
 @torch.no_grad()
