@@ -91,6 +91,29 @@ def differences_frame(
     return frame.astype(kinds)
 
 
+def backbone_notes(records: Sequence[Record], baseline: str) -> list[str]:
+    """A sentence for each data set and backbone that is not the baseline's: what such an algorithm
+    gains is not the method's alone. Records that do not say what they began with are passed over.
+    """
+    notes = []
+    for dataset in dataset_names(records):
+        tags: dict[str, str] = {}
+        for record in records:
+            tag = (record.get("provenance") or {}).get("backbone_weights")
+            if record["args"]["dataset"] == dataset and tag is not None:
+                tags.setdefault(record["args"]["algorithm"], str(tag))
+        others: dict[str, list[str]] = {}
+        for algorithm in order_algorithms(tags):
+            if baseline in tags and tags[algorithm] != tags[baseline]:
+                others.setdefault(tags[algorithm], []).append(algorithm)
+        notes += [
+            f"{dataset}: {', '.join(names)} began with the backbone {tag}, the baseline {baseline} "
+            f"with {tags[baseline]}: the difference is not the method's alone"
+            for tag, names in others.items()
+        ]
+    return notes
+
+
 def confidence_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """The interval that covers the mean with probability `CONFIDENCE`, if differences are normal;
     None for fewer than two.

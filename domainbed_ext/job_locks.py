@@ -79,13 +79,23 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 def is_locked(folder: Path) -> bool:
     """Whether another process works on the job at this moment."""
+    return _tried_lock(folder) is True
+
+
+def was_left(folder: Path) -> bool:
+    """Whether a process had the job and is gone; False, too, where no lock can tell."""
+    return _tried_lock(folder) is False
+
+
+def _tried_lock(folder: Path) -> bool | None:
+    """Whether the job's lock is held; None: there is none, or none that works."""
     try:
         import fcntl
 
         with open(folder / LOCK_FILE, "r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return True if error.errno in (errno.EACCES, errno.EAGAIN) else None
     except ImportError:
-        return False
+        return None
     return False

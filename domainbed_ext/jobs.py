@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from domainbed_ext.job_files import DONE_FILE, ERR_FILE, LOCK_FILE, read_failure
-from domainbed_ext.job_locks import is_locked, job_lock
+from domainbed_ext.job_locks import is_locked, job_lock, was_left
 from domainbed_ext.seeds import job_hash
 from domainbed_ext.train_args import TrainArgs
 
 IN_USE = "in use by another process"
+# DomainBed's training, which takes no lock, writes at each evaluation.
+ALIVE_MINUTES = 30
 
 
 class JobState(str, Enum):
@@ -91,6 +94,24 @@ def job_state(folder: Path) -> JobState:
 def has_died(folder: Path) -> bool:
     """Whether a job failed because its process was killed."""
     return (read_failure(folder) or {}).get("reason") == "died"
+
+
+def last_written(folder: Path) -> float:
+    """When a job's folder or a file in it was last written to, in seconds since 1970."""
+    times = [folder.stat().st_mtime]
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def looks_alive(folder: Path) -> bool:
+    """Whether an incomplete job may be at work in a program that takes no lock: DomainBed's own
+    without our hook, or any on a system without locks."""
+    try:
+        return not was_left(folder) and time.time() - last_written(folder) < 60 * ALIVE_MINUTES
+    except FileNotFoundError:  # deleted by now
+        return False
 
 
 def taken_by_others(folder: Path) -> str | None:

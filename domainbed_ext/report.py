@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from domainbed_ext.costs import costs_frame
-from domainbed_ext.differences import differences_frame
+from domainbed_ext.differences import backbone_notes, differences_frame
 from domainbed_ext.published import NOT_STATED, published_frame
 from domainbed_ext.records import JobCount, Record
 from domainbed_ext.selection import Selection, selection_methods
@@ -74,6 +74,7 @@ def make_report(
         differences = differences_frame(
             records, baseline=baseline, selection=methods, allow_mixed=allow_mixed
         )
+        notes += backbone_notes(records, baseline)
     beside = None
     if published is not None:
         beside = published_frame(list(published) or None)

@@ -7,6 +7,7 @@ import argparse
 from domainbed_ext.datasets import DEFAULT_DATA_DIR
 from domainbed_ext.datasets.image_cache_flags import add_flags
 from domainbed_ext.hparams import CORE_ALGORITHMS, VIT_ALGORITHMS
+from domainbed_ext.jobs import ALIVE_MINUTES
 from domainbed_ext.launchers import REGISTRY
 from domainbed_ext.plan import add_plan_flags
 from domainbed_ext.tracking import add_tracker_flags
@@ -26,7 +27,9 @@ commands:
   resume              run what was begun and interrupted, and nothing new
   retry_failed        run failed jobs again, from their last checkpoint; with --diverged also those
                       that diverged, from the first step
-  delete_incomplete   delete the folders of jobs that are neither done nor running
+  delete_incomplete   delete the folders of jobs that are neither done nor running; those that look
+                      alive (written to in the last half hour, by a program that takes no lock) are
+                      kept unless --even_if_alive is given
 
 Two sweeps on one folder, on one machine or on several that share it, never run a job twice: each
 takes what is free, then waits for what the other still runs and takes over what it leaves.
@@ -158,6 +161,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--diverged",
         action="store_true",
         help="retry_failed: diverged jobs too, which diverge again unless something has changed",
+    )
+    parser.add_argument(
+        "--even_if_alive",
+        "--even-if-alive",
+        action="store_true",
+        help="delete_incomplete: also folders that were written to in the last "
+        f"{ALIVE_MINUTES} minutes, perhaps by a program that takes no lock",
     )
     parser.add_argument(
         "--wait",

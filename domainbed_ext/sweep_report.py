@@ -15,11 +15,12 @@ from rich.table import Table
 
 from domainbed_ext.display import format_seconds
 from domainbed_ext.estimates import measured_pace, seconds_left
-from domainbed_ext.jobs import Job, JobState
+from domainbed_ext.jobs import ALIVE_MINUTES, Job, JobState, last_written
 from domainbed_ext.progress_file import RunProgress, read_progress
 from domainbed_ext.train_args import job_label
 
 SILENT_SECONDS = 600  # a process that lives writes its progress far more often
+_MOST_FOLDERS = 20  # that are listed
 
 States = Mapping[Path, JobState]
 
@@ -107,7 +108,11 @@ def print_running(jobs: Sequence[Job], states: States) -> None:
     now = time.time()
     for job in running:
         progress = read_progress(job.output_dir)
-        cells = ["?"] * 5 if progress is None else _progress_cells(progress, now)
+        cells = (
+            ["?"] * 4 + [_heard(now - last_written(job.output_dir))]  # DomainBed's own training
+            if progress is None
+            else _progress_cells(progress, now)
+        )
         table.add_row(f"{job.output_dir.name[:8]}..", job_label(job.args), *cells)
     _console(200).print(table)
 
@@ -118,11 +123,15 @@ def _progress_cells(progress: RunProgress, now: float) -> list[str]:
         doing = "" if progress.phase == "training" else f", {progress.phase}"
         step = f"{progress.step} of {progress.num_steps}{doing}"
     left = "?" if progress.seconds_left is None else format_seconds(progress.seconds_left)
-    silent = max(now - progress.updated, 0.0)  # clocks of two machines differ a little
-    heard = f"{format_seconds(silent)} ago"
+    silent = now - progress.updated
+    heard = _heard(silent)
     if silent > SILENT_SECONDS:
         heard += ": stuck, or its machine is gone?"
     return [step, left, progress.host, str(progress.pid), heard]
+
+
+def _heard(silent: float) -> str:
+    return f"{format_seconds(max(silent, 0.0))} ago"  # clocks of two machines differ a little
 
 
 def print_failed(jobs: Sequence[Job], states: States) -> None:
@@ -135,6 +144,26 @@ def print_failed(jobs: Sequence[Job], states: States) -> None:
             "`retry_failed --diverged` starts them afresh, `delete_incomplete` removes them.",
             file=sys.stderr,
         )
+
+
+def print_alive(folders: Sequence[Path], *, what: str) -> None:
+    """Folders where a program that takes no lock may be at work, on stderr.
+
+    Args:
+        folders: The folders.
+        what: What is done with them, or to be done.
+    """
+    if not folders:
+        return
+    print(
+        f"{len(folders)} job folders look alive: written to in the last {ALIVE_MINUTES} minutes, "
+        "and no lock says that nobody is at work (DomainBed's own training takes none where "
+        f"DOMAINBED_EXT is off); {what}",
+        *folders[:_MOST_FOLDERS],
+        *([f"and {len(folders) - _MOST_FOLDERS} more"] if len(folders) > _MOST_FOLDERS else []),
+        sep="\n    ",
+        file=sys.stderr,
+    )
 
 
 def print_reasons(word: str, jobs: Sequence[Job]) -> None:

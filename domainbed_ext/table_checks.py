@@ -16,6 +16,7 @@ from domainbed_ext.selection import (
     num_environments,
     test_acc_key,
 )
+from domainbed_ext.setting_checks import refuse_other_settings
 from domainbed_ext.train_args import DRAWN, SHARED
 
 NEEDS_EVERY_DOMAIN = "an average needs every domain"
@@ -51,6 +52,7 @@ def refuse_mixed(records: Sequence[Record]) -> None:
             )
             text = repr(sorted(record["hparams"].items()))
             _refuse_difference(seen, ("hparams", row, job), text, record)
+    refuse_other_settings(of_deployed_weights(records))
 
 
 def explain_missing(

@@ -21,6 +21,7 @@ import numpy as np
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import VIT_ALGORITHMS, hparam_names, hparam_pairs, validate_hparams
+from domainbed_ext.upstream_job_lock import hold_job, refuse_if_busy
 from domainbed_ext.upstream_programs import datasets_asked_for, program, train_flags
 
 # What the additions need of each module of a checkout.
@@ -45,7 +46,11 @@ class UnknownVersionError(Exception):
 
 
 def extend(module: ModuleType) -> None:
-    """Adds to one module of a checkout. Never raises; running it again changes nothing."""
+    """Adds to one module of a checkout. Running it again changes nothing.
+
+    Raises:
+        SystemExit: The job that this process was to run is in use by another; nothing else.
+    """
     name = module.__name__.rpartition(".")[2]
     try:
         lacking = [needed for needed in NEEDED[name] if not hasattr(module, needed)]
@@ -159,10 +164,12 @@ def _check_teacher(hparams: Mapping[str, Any]) -> None:
 
 
 def _add_hparams(module: Any) -> None:
+    refuse_if_busy()
     original = _without_addition(module._hparams)
 
     @functools.wraps(original)
     def _hparams(algorithm: str, dataset: str, random_seed: Any) -> dict[str, tuple[Any, Any]]:
+        hold_job()  # the first thing that train asks for when its flags are read and in order
         if algorithm not in VIT_ALGORITHMS or _is_theirs(
             sys.modules.get("domainbed.algorithms"), algorithm
         ):

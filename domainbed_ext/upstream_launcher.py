@@ -15,8 +15,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 from domainbed_ext.errors import UsageError
+from domainbed_ext.exit_status import EXIT_BUSY
+from domainbed_ext.jobs import IN_USE, JobState, job_state
 from domainbed_ext.launchers.devices import cuda_devices
 from domainbed_ext.launchers.slurm import SlurmLauncher
 
@@ -36,13 +39,18 @@ def ltdr_local(commands: Sequence[str]) -> None:
     try:
         while waiting or running:
             while waiting and free:
-                arguments, device = waiting.popleft(), free.pop(0)
+                arguments = waiting.popleft()
+                if _is_taken(arguments):
+                    continue
+                device = free.pop(0)
                 running.append((_start(arguments, device), device, arguments))
             for item in [item for item in running if item[0].poll() is not None]:
                 process, device, arguments = item
                 running.remove(item)
                 free.append(device)
-                if process.returncode != 0:
+                if process.returncode == EXIT_BUSY:
+                    _say_taken(arguments, IN_USE)
+                elif process.returncode != 0:
                     failed.append(f"{_folder(arguments)} (exit status {process.returncode})")
             time.sleep(_POLL_SECONDS)
     finally:
@@ -84,7 +92,9 @@ def run_task(arguments: list[str]) -> None:
     if os.environ.get("SLURM_RESTART_COUNT"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(_folder(arguments), "results.jsonl"))
-    subprocess.run([sys.executable, *arguments[1:]], check=True)
+    done = subprocess.run([sys.executable, *arguments[1:]])
+    if done.returncode != EXIT_BUSY:
+        done.check_returncode()
 
 
 def _arguments(command: str) -> list[str]:
@@ -99,8 +109,28 @@ def _start(arguments: list[str], device: str | None) -> subprocess.Popen:
     return subprocess.Popen(arguments, env=environment)
 
 
+def _is_taken(arguments: Sequence[str]) -> bool:
+    """Whether a job that waited for its turn is at work or done by now, in a sweep on the same
+    folder; says so."""
+    folder = _output_dir(arguments)
+    state = None if folder is None else job_state(Path(folder))
+    if state is JobState.RUNNING:
+        _say_taken(arguments, IN_USE)
+    if state is JobState.DONE:
+        _say_taken(arguments, "done by another process")
+    return state in (JobState.RUNNING, JobState.DONE)
+
+
+def _say_taken(arguments: Sequence[str], how: str) -> None:
+    print(f"{_folder(arguments)}: {how}", file=sys.stderr)
+
+
 def _folder(arguments: Sequence[str]) -> str:
     """Which job it was, for people."""
+    return _output_dir(arguments) or shlex.join(arguments)
+
+
+def _output_dir(arguments: Sequence[str]) -> str | None:
     if "--output_dir" in arguments[:-1]:
         return arguments[arguments.index("--output_dir") + 1]
-    return shlex.join(arguments)
+    return None

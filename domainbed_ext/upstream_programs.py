@@ -23,6 +23,7 @@ class TrainFlags:
         trial_seed: Of the splits.
         steps: Length of the run; None for the data set's.
         holdout_fraction: Part of a domain that is held out.
+        output_dir: The job's folder.
     """
 
     dataset: str = "RotatedMNIST"
@@ -30,6 +31,7 @@ class TrainFlags:
     trial_seed: int = 0
     steps: int | None = None
     holdout_fraction: float = 0.2
+    output_dir: str = "train_output"
 
 
 def program() -> str | None:
@@ -46,7 +48,7 @@ def train_flags() -> TrainFlags:
     if program() != "train":
         return TrainFlags()
     kinds = {"dataset": str, "test_envs": int, "trial_seed": int, "steps": int}
-    kinds["holdout_fraction"] = float
+    kinds |= {"holdout_fraction": float, "output_dir": str}
     found = _parse(*((f"--{f.name}", kinds[f.name], f.default) for f in fields(TrainFlags)))
     return TrainFlags(**{**vars(found), "test_envs": tuple(found.test_envs)})
 

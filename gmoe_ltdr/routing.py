@@ -226,3 +226,16 @@ def expert_rank(logits_TE: Tensor) -> Tensor:
     earlier_EE = experts_E.unsqueeze(0) < experts_E.unsqueeze(1)
     tied_TEE = (logits_TE.unsqueeze(-2) == logits_TE.unsqueeze(-1)) & earlier_EE
     return (better_TEE | tied_TEE).sum(-1)
+
+
+def place_in_row(scores: Tensor) -> Tensor:
+    """Place of every score in the descending order of its row, 0 first. Int64, of the same shape.
+
+    Equal scores are ordered by index. For rows of tokens, which are too long for `expert_rank`.
+    """
+    if torch.onnx.is_in_onnx_export():
+        # ONNX knows no stable sort
+        return expert_rank(scores)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, places)

@@ -6,6 +6,7 @@ A spec travels as JSON: it is stored in every checkpoint and built from flat hyp
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -144,6 +145,7 @@ class MoESpec:
                 raise ValueError(
                     f"router_options[{name!r}]={value!r} is not one of {', '.join(allowed)}"
                 )
+        _check_balance_weights(self.router_options.get("balance_weights"))
 
     @property
     def resolved_tail_top_k(self) -> int:
@@ -211,6 +213,24 @@ class MoESpec:
     @classmethod
     def from_json(cls, text: str) -> MoESpec:
         return cls.from_dict(json.loads(text))
+
+
+def _check_balance_weights(weights: Any) -> None:
+    if weights is None:
+        return
+    names = [m.name.lower() for m in Modality if m is not Modality.PADDING]
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str)
+        and name.lower() in names
+        and isinstance(weight, (int, float))
+        and not isinstance(weight, bool)
+        and 0 <= weight < math.inf
+        for name, weight in weights.items()
+    ):
+        raise ValueError(
+            f"router_options['balance_weights']={weights!r} must give {' or '.join(names)} tokens "
+            "a weight that is not negative, as in {'vision': 0.001, 'language': 0.01}"
+        )
 
 
 _VISION_TOO = frozenset({Modality.LANGUAGE, Modality.VISION})

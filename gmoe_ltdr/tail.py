@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gmoe_ltdr.routing import Modality
+from gmoe_ltdr.routing import Modality, place_in_row
 
 Scope = Literal["batch", "image", "global", "ema"]
 
@@ -31,7 +31,8 @@ class TailRule:
             "attention" takes, per image, the share `value` that the class token or the instruction
             attends to most (IAT); "threshold" compares with the RPV `value`; "learned" multiplies
             the mean by a trained factor; "none" selects nothing.
-        value: Share for "quantile" and "attention" (0.15 if None), RPV for "threshold".
+        value: Share for "quantile" and "attention" (0.15 if None), RPV for "threshold"; other kinds
+            have none.
         scope: Over which tokens the mean or the share is taken in training: "batch" (all vision
             tokens of this forward, this layer, this rank), "image", "global" (all ranks), or "ema"
             (the batch in training, a running mean in evaluation; before there is one, the image).
@@ -76,6 +77,11 @@ class TailRule:
                 raise ValueError(
                     f"TailRule.{name}={getattr(self, name)!r} is not one of {', '.join(values)}"
                 )
+        if self.value is not None and self.kind not in ("threshold", "quantile", "attention"):
+            raise ValueError(
+                f"TailRule(kind={self.kind!r}, value={self.value}): only the kinds threshold, "
+                "quantile and attention have a value; leave it out"
+            )
         if self.kind == "threshold" and self.value is None:
             raise ValueError("TailRule(kind='threshold') needs value=, the RPV to compare with")
         if self.kind in ("quantile", "attention"):
@@ -146,14 +152,11 @@ def mean_rpv(
 @torch.no_grad()
 def top_share(scores_BL: Tensor, candidates_BL: Tensor, share: float) -> Tensor:
     """The max(1, floor(share * candidates)) best candidates of each row; ties by index. Bool."""
-    order = torch.where(candidates_BL, scores_BL.double(), -torch.inf)
-    order = order.sort(dim=-1, descending=True, stable=True).indices
+    place_BL = place_in_row(torch.where(candidates_BL, scores_BL.double(), -torch.inf))
     num_candidates = candidates_BL.sum(-1, keepdim=True)
     # an epsilon keeps floor(.15 * 20) at 3 when .15 * 20 is 2.9999999
     quota = (num_candidates.double() * share + 1e-9).floor().clamp(min=1)
-    chosen_in_order = torch.arange(scores_BL.shape[-1], device=scores_BL.device) < quota
-    chosen = torch.zeros_like(candidates_BL).scatter(-1, order, chosen_in_order)
-    return chosen & candidates_BL
+    return candidates_BL & (place_BL < quota)
 
 
 @torch.no_grad()

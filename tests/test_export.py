@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmoe_ltdr import moe_layers, preset
+from gmoe_ltdr import TailRule, moe_layers, preset
 from gmoe_ltdr.engines import use_expert_backend
 from gmoe_ltdr.export import export_onnx
 from tests.models import tiny_moe_vit
@@ -29,19 +29,26 @@ def test_shared_experts_leave_the_batch_size_open(num_shared):
         torch.testing.assert_close(program.module()(images), model(images))
 
 
+ONNX_SPECS = {
+    "ltdr": preset("ltdr"),
+    "gmoe": preset("gmoe"),
+    "deepseek": preset("deepseek_1x1.0+3x1.0"),
+    "quantile": preset("ltdr", tail_rule=TailRule(kind="quantile", value=0.2)),
+    "attention": preset("ltdr", tail_rule=TailRule(kind="attention")),
+}
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "ltdr",
-        pytest.param("gmoe", marks=pytest.mark.slow),
-        pytest.param("deepseek_1x1.0+3x1.0", marks=pytest.mark.slow),
-    ],
+    "name", ["ltdr", *(pytest.param(n, marks=pytest.mark.slow) for n in ONNX_SPECS if n != "ltdr")]
 )
 def test_onnx_runtime_gives_the_same_logits(name, tmp_path):
     pytest.importorskip("onnx", reason="needs the extra [export]")
     pytest.importorskip("onnxscript", reason="needs the extra [export]")
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
-    model = tiny_moe_vit(preset(name)).eval()
+    model = tiny_moe_vit(ONNX_SPECS[name]).eval()
+    for layer in moe_layers(model).values():
+        for parameter in layer.parameters():  # decisions that differ between tokens
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
     backend = next(iter(moe_layers(model).values())).experts.backend
     path = export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 16, 16))
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -60,6 +60,24 @@ def test_ablations_differ_from_ltdr_in_one_module():
         ({"noise_std": -1.0}, "noise_std"),
         ({"balanced_modalities": frozenset({Modality.PADDING})}, "PADDING"),
         ({"router_options": {"balance_scale": "big"}}, "balance_scale"),
+        *(
+            (
+                {"router_options": {"balance_weights": weights}},
+                "balance_weights.*language or vision",
+            )
+            for weights in (
+                {"visoin": 0.1},
+                {"padding": 1.0},
+                {Modality.VISION: 0.1},
+                {"vision": -0.1},
+                {"vision": "0.1"},
+                {"vision": True},
+                {"vision": float("nan")},
+                {"vision": float("inf")},
+                0.1,
+                ["vision"],
+            )
+        ),
         ({"expert_split": 4}, "expert_split=4 does not divide num_experts=6"),
         ({"expert_split": 0}, "expert_split=0"),
         ({"init_scale_shared": 0.5}, "but shared_experts=0"),
@@ -69,6 +87,12 @@ def test_ablations_differ_from_ltdr_in_one_module():
 def test_impossible_specs(wrong, message):
     with pytest.raises(ValueError, match=message):
         MoESpec(**wrong)
+
+
+@pytest.mark.parametrize("weights", [None, {}, {"vision": 0}, {"vision": 0.001, "Language": 0.01}])
+def test_weights_per_modality(weights):
+    spec = MoESpec(router_options={"balance_weights": weights})
+    assert MoESpec.from_json(spec.to_json()) == spec
 
 
 def test_unknown_names():

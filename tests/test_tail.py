@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmoe_ltdr.routing import Modality
+from gmoe_ltdr.routing import Modality, place_in_row
 from gmoe_ltdr.tail import TailRule, routing_probability_variance, tail_tokens, top_share
 from tests.vectors import ABCD, B
 
@@ -130,6 +130,17 @@ def test_share_counts():
     assert top_share(torch.ones(1, 20), everything(1, 20), 0.15)[0, :3].all()
 
 
+@pytest.mark.parametrize("exporting", [False, True])
+def test_places_are_those_of_a_stable_order(exporting, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: exporting)
+    scores = torch.tensor([[0.5, 0.9, 0.5, -torch.inf, 0.9], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    assert place_in_row(scores).tolist() == [[2, 0, 3, 4, 1], [0, 1, 2, 3, 4]]
+    assert place_in_row(torch.zeros(2, 0)).shape == (2, 0)
+    ties = torch.randint(0, 9, (3, 300), generator=torch.Generator().manual_seed(0)).double()
+    by_hand = [sorted(range(300), key=lambda i, row=row: -row[i]) for row in ties.tolist()]
+    assert place_in_row(ties).argsort(1).tolist() == by_hand  # Python sorts stably
+
+
 def test_attention_without_scores_is_an_error():
     with pytest.raises(ValueError, match="attention scores"):
         tail_tokens(torch.zeros(1, 2), everything(1, 2), TailRule(kind="attention"))
@@ -158,6 +169,9 @@ def test_absolute_threshold():
         {"kind": "threshold"},
         {"kind": "quantile", "value": 0.0},
         {"kind": "attention", "value": 1.5},
+        {"kind": "mean", "value": 0.2},
+        {"kind": "learned", "value": 1.0},
+        {"kind": "none", "value": 0.0},
         {"kind": "quantile", "scope": "ema"},
         {"cls": "ignore"},
     ],

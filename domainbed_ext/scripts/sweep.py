@@ -18,7 +18,7 @@ from domainbed_ext.exit_status import (
 )
 from domainbed_ext.hparams import VIT_ALGORITHMS
 from domainbed_ext.job_locks import JobBusyError
-from domainbed_ext.jobs import Job, JobState, delete_job
+from domainbed_ext.jobs import Job, JobState, delete_job, looks_alive
 from domainbed_ext.launchers import REGISTRY, Launcher
 from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
 from domainbed_ext.plan import make_jobs, pruning_words
@@ -26,6 +26,7 @@ from domainbed_ext.stop_signals import Stopped, stops_on_signals
 from domainbed_ext.sweep_flags import LAUNCHING, build_parser
 from domainbed_ext.sweep_report import (
     count_words,
+    print_alive,
     print_estimate,
     print_failed,
     print_jobs,
@@ -63,6 +64,8 @@ def sweep(args: argparse.Namespace) -> int:
     launcher = REGISTRY[args.command_launcher].from_args(args)
     if args.command in LAUNCHING:
         launcher.check()
+    if args.even_if_alive and args.command != "delete_incomplete":
+        raise UsageError(f"--even_if_alive goes with delete_incomplete, not with {args.command}")
     if args.diverged and args.command != "retry_failed":
         raise UsageError(f"--diverged goes with retry_failed, not with {args.command}")
     check_algorithms(args.algorithms, ranks=args.gpus_per_job, trainable=VIT_ALGORITHMS)
@@ -81,6 +84,7 @@ def sweep(args: argparse.Namespace) -> int:
         print(line)
     if args.command == "status":
         print_running(jobs, states)
+        print_alive(_alive(states), what="launching would run these a second time:")
         print_failed(jobs, states)
         return EXIT_OK
     if args.command == "delete_incomplete":
@@ -135,6 +139,9 @@ def _launch(
     if args.command == "retry_failed":
         elsewhere = set()
     if chosen:
+        chosen_folders = {job.output_dir for job in chosen}
+        alive = [folder for folder in _alive(states) if folder in chosen_folders]
+        print_alive(alive, what="if somebody is, do not go on:")
         going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in chosen)
         remark = f", {going_on} of them from their last checkpoint" if going_on else ""
         _confirm(f"About to run {len(chosen)} jobs in {args.output_dir}{remark}.", args)
@@ -176,6 +183,10 @@ def _delete_incomplete(
 ) -> int:
     kept = (JobState.NOT_LAUNCHED, JobState.DONE, JobState.RUNNING)
     folders = [job.output_dir for job in jobs if states[job.output_dir] not in kept]
+    if not args.even_if_alive:
+        alive = _alive(states)
+        print_alive(alive, what="they are kept; wait, or pass --even_if_alive to delete them:")
+        folders = [folder for folder in folders if folder not in alive]
     if not folders:
         print("Nothing to delete.")
         return EXIT_OK
@@ -196,6 +207,15 @@ def _delete_incomplete(
             print(f"kept, as a process has begun to work on it: {folder}", file=sys.stderr)
     print(f"Deleted {deleted} job folders.")
     return EXIT_OK
+
+
+def _alive(states: dict[Path, JobState]) -> list[Path]:
+    """Incomplete jobs that a program without a lock may be at work on."""
+    return [
+        folder
+        for folder, state in states.items()
+        if state is JobState.INCOMPLETE and looks_alive(folder)
+    ]
 
 
 def _confirm(what: str, args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sweep_records import make_record, write_sweep
 
-from domainbed_ext.differences import DIFFERENCE_COLUMNS, confidence_interval
+from domainbed_ext.differences import DIFFERENCE_COLUMNS, backbone_notes, confidence_interval
 from domainbed_ext.errors import UsageError
 from domainbed_ext.scripts import collect_results
 from domainbed_ext.tables import differences_frame
@@ -144,6 +144,27 @@ def test_other_splits_are_not_paired():
     with pytest.raises(UsageError, match=r"holdout_fraction '0.2' and '0.5'.*--allow-mixed"):
         difference_rows(records)
     assert len(difference_rows(records, allow_mixed=True)) == 4
+
+
+def test_other_backbones_are_named_below_the_tables(tmp_path, capsys):
+    records = paired_records()
+    for record in records:
+        ltdr = record["args"]["algorithm"] == "LTDR"
+        record["provenance"] = {"backbone_weights": "vit:in21k" if ltdr else "vit:random"}
+    said = (
+        "Debug28: LTDR began with the backbone vit:in21k, the baseline ERM_ViT with vit:random: "
+        "the difference is not the method's alone"
+    )
+    assert backbone_notes(records, "ERM_ViT") == [said]
+    flags = ["--input_dir", str(write_sweep(tmp_path / "sweep", records)), "--format", "markdown"]
+    assert collect_results.main([*flags, "--baseline", "ERM_ViT"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert collect_results.main(flags) == 0
+    assert "began with" not in capsys.readouterr().out
+    for record in records:
+        if record["args"]["algorithm"] == "LTDR":
+            record["provenance"] = None
+    assert backbone_notes(records, "ERM_ViT") == backbone_notes(paired_records(), "ERM_ViT") == []
 
 
 def test_emojidg_is_compared_on_unseen_seen_ceiling_and_gap():

@@ -111,6 +111,7 @@ def test_a_dry_run_deletes_nothing(tmp_path, capsys):
     flags = [*FLAGS, "--algorithms", "LTDR", "--output_dir", str(tmp_path)]
     folder = make_jobs(build_parser().parse_args(flags))[0].output_dir
     folder.mkdir()
+    (folder / "lock").touch()  # that its process has left
     assert main(["delete_incomplete", *flags]) == 0
     assert f"1 job folders would be deleted, and none is.\n{folder}\n" in capsys.readouterr().out
     assert Job({}, folder).state is JobState.INCOMPLETE

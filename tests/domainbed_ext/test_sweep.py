@@ -239,11 +239,37 @@ def test_a_job_in_use_is_not_deleted(tmp_path, capsys, monkeypatch):
         return real(folder)
 
     monkeypatch.setattr(jobs, "job_lock", begun_by_another)
-    assert main(["delete_incomplete", *flags]) == 0
+    assert main(["delete_incomplete", "--even_if_alive", *flags]) == 0
     captured = capsys.readouterr()
     assert "Deleted 1 job folders." in captured.out
     assert f"kept, as a process has begun to work on it: {folders[0]}" in captured.err
     assert [folder.exists() for folder in folders] == [True, False, False]
+
+
+def test_what_looks_alive_is_kept_and_named(tmp_path, capsys):
+    """A program that takes no lock wrote to it a moment ago; not so where a lock was left."""
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "--output_dir", str(tmp_path)]
+    alive, silent, left = job_folders(tmp_path, flags)
+    for folder in (alive, silent, left):
+        folder.mkdir()
+    hour_ago = time.time() - 3600
+    for folder, when in ((alive, time.time()), (silent, hour_ago)):
+        (folder / "out.txt").touch()
+        os.utime(folder / "out.txt", (when, when))
+        os.utime(folder, (hour_ago, hour_ago))
+    (left / "lock").touch()
+    assert main(["status", *flags]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("1 job folders look alive: written to in the last 30 minutes")
+    assert said.endswith(f"launching would run these a second time:\n    {alive}\n")
+    assert main(["delete_incomplete", *flags]) == 0
+    captured = capsys.readouterr()
+    assert "Deleted 2 job folders." in captured.out
+    assert "they are kept; wait, or pass --even_if_alive to delete them:" in captured.err
+    assert [folder.exists() for folder in (alive, silent, left)] == [True, False, False]
+    assert main(["delete_incomplete", "--even_if_alive", *flags]) == 0
+    assert not alive.exists()
+    assert main(["--even_if_alive", *flags]) == 2
 
 
 def test_without_a_terminal_nobody_can_confirm(tmp_path, capsys, monkeypatch):
@@ -316,6 +342,7 @@ def test_flags_are_frozen():
     ours = (
         "test_envs ceiling jobs gpus_per_job device num_workers skip_model_save image_cache "
         "no_tensorboard wandb image_cache_dir image_cache_gb checkpoint_minutes diverged wait "
+        "even_if_alive "
         "selection eval_splits hparams_per_trial "
         "dry_run jobs_per_gpu slurm_partition slurm_time slurm_gpus slurm_cpus slurm_memory_gb "
         "slurm_array_parallelism slurm_option slurm_cluster ray_address ray_gpus ray_cpus"

@@ -272,7 +272,8 @@ def run_as(monkeypatch, tmp_path):
     def run_as(script, *args):
         file = tmp_path / "checkout" / "domainbed" / "scripts" / f"{script}.py"
         monkeypatch.setattr(sys.modules["__main__"], "__file__", str(file), raising=False)
-        monkeypatch.setattr(sys, "argv", [str(file), *map(str, args)])
+        folder = ["--output_dir", tmp_path / "job"] if script == "train" else []
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, [*folder, *args])])
 
     return run_as
 

@@ -114,6 +114,26 @@ def test_its_sweep_goes_on_where_ours_would(sweep, python):
     assert len(load_records(sweep)) == 12
 
 
+def test_its_jobs_are_held_while_they_run(python, sweep, tmp_path):
+    assert not list(sweep.glob("*/lock"))
+    code = """
+import subprocess, sys, time
+from pathlib import Path
+from domainbed_ext.jobs import job_state
+command = [sys.executable, "-m", "domainbed.scripts.train", *sys.argv[2:]]
+with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    results = Path(sys.argv[1], "results.jsonl")
+    while not results.exists() and process.poll() is None:
+        time.sleep(0.2)
+    print(job_state(results.parent).value)
+    process.kill()
+print(job_state(results.parent).value)
+"""
+    flags = ["--algorithm", "ERM", *DEBUG_RUN, "--steps", "9999", "--output_dir", str(tmp_path)]
+    said = python("-c", code, str(tmp_path), *flags).stdout
+    assert said.split() == ["Running", "Incomplete"]
+
+
 def test_its_own_algorithms_do_not_notice(python, tmp_path):
     flags = ["--algorithm", "ERM", *DEBUG_RUN, "--hparams_seed", "3", "--trial_seed", "1"]
     for name in ("on", "off"):

@@ -28,14 +28,14 @@ def test_jobs_run_with_this_interpreter(tmp_path, monkeypatch):
 
 def test_failed_jobs_make_it_fail_after_all_have_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(upstream_launcher, "cuda_devices", list)
-    jobs = [job("raise SystemExit(3)", "out/1"), job(f"open({str(tmp_path / 'ran')!r}, 'w')")]
+    jobs = [job("raise SystemExit(4)", "out/1"), job(f"open({str(tmp_path / 'ran')!r}, 'w')")]
     with pytest.raises(SystemExit) as stopped:
         ltdr_local(jobs)
     assert stopped.value.code == 1
     assert (tmp_path / "ran").exists()
     said = capsys.readouterr().err
     assert said.startswith("error: 1 of 2 jobs failed;")
-    assert said.endswith("\n  out/1 (exit status 3)\n")
+    assert said.endswith("\n  out/1 (exit status 4)\n")
 
 
 def test_each_device_gets_one_job_at_a_time(tmp_path, monkeypatch):
