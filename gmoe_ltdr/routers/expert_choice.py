@@ -23,7 +23,7 @@ from torch import Tensor
 from gmoe_ltdr.gates import GATES
 from gmoe_ltdr.routers.base import Router, check_router_options, register_router
 from gmoe_ltdr.routers.token_choice import expert_weights
-from gmoe_ltdr.routing import Modality, Routing, TokenContext
+from gmoe_ltdr.routing import Modality, Routing, TokenContext, place_in_row
 from gmoe_ltdr.spec import MoESpec
 
 Scope = Literal["batch", "image"]
@@ -46,11 +46,8 @@ def chosen_by_experts(probs_SME: Tensor, real_SM: Tensor, experts_per_token: flo
     quota_S = (num_real_S * experts_per_token / num_experts - 1e-9).ceil()
     quota_S = torch.minimum(quota_S, num_real_S)
     scores_SME = probs_SME.masked_fill(~real_SM.unsqueeze(-1), -1.0)
-    order_SME = scores_SME.argsort(dim=1, descending=True, stable=True)
-    place_M = torch.arange(probs_SME.shape[1], device=probs_SME.device)
-    taken_SM1 = (place_M < quota_S.unsqueeze(1)).unsqueeze(-1)
-    nobody_SME = torch.zeros_like(probs_SME, dtype=torch.bool)
-    return nobody_SME.scatter(1, order_SME, taken_SM1.expand_as(order_SME))
+    place_SME = place_in_row(scores_SME.transpose(1, 2)).transpose(1, 2)
+    return (real_SM.unsqueeze(-1) & (place_SME < quota_S.view(-1, 1, 1))).contiguous()
 
 
 @register_router("expert_choice")
