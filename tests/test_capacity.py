@@ -63,6 +63,31 @@ def test_slots_are_exact_for_any_number_of_tokens(convention):
             assert found.tolist() == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("convention", ["tutel", "vmoe", "deepspeed"])
+def test_slots_are_counted_on_the_gpu_and_nobody_waits(convention):
+    spec = preset("gmoe", router_options={"capacity_convention": convention})
+    num_tokens = torch.arange(20_000)
+    on_gpu = num_tokens.cuda()
+    plan = route(
+        torch.randn(394, 6).cuda(),
+        vision(2, 197).cuda(),
+        top_k=1,
+        tail_top_k=1,
+        tail_rule=NO_TAIL,
+        weighting="raw",
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = expert_capacity(on_gpu, 49, 2, 1.1, convention=convention)
+        limited = limit_as_specified(plan, spec, training=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = expert_capacity(num_tokens, 49, 2, 1.1, convention=convention)
+    assert torch.equal(found.cpu(), expected)
+    assert limited.tokens_per_expert_E.max() <= slots_by_hand(394, 6, 1, 1.5, convention)
+
+
 def test_impossible_capacities():
     with pytest.raises(ValueError, match="capacity_factor=0"):
         expert_capacity(10, 2, 1, 0.0)
