@@ -72,7 +72,8 @@ class TokenContext:
             if value is not None and value.shape[0] != self.modality_BL.shape[0]:
                 raise ValueError(
                     f"{name} describes {value.shape[0]} images, but this forward has "
-                    f"{self.modality_BL.shape[0]}; set it anew before each forward"
+                    f"{self.modality_BL.shape[0]}; set it anew before each forward (with "
+                    "beams, a row for each of them)"
                 )
 
     def to(self, device: torch.device) -> TokenContext:

@@ -6,10 +6,12 @@ plain (fc1, fc2: Phi). Both become the one `MoE` of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gmoe_ltdr.experts import StackedExperts
@@ -66,14 +68,15 @@ class FeedForward:
             context_of: What its tokens are, see `MoE`.
         """
         first, last = self.linears[0], self.linears[-1]
-        moe = MoE(
-            first.in_features,
-            first.out_features,
-            spec,
-            bias=(first.bias is not None, last.bias is not None),
-            gated=self.gated,
-            context_of=context_of,
-        )
+        with _float32_by_default():
+            moe = MoE(
+                first.in_features,
+                first.out_features,
+                spec,
+                bias=(first.bias is not None, last.bias is not None),
+                gated=self.gated,
+                context_of=context_of,
+            )
         for experts in (moe.experts, moe.shared_experts):
             if experts is not None:
                 # the host's own module: with its settings, e.g. Phi's approximation of GELU
@@ -97,6 +100,18 @@ class FeedForward:
             experts.copy_from_gated_(*self.linears, num_pieces=num_pieces)
         else:
             experts.copy_from_dense_(*self.linears, num_pieces=num_pieces)
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Routers are float32, whatever type a loader has the rest of the model made in; not every way
+    to draw their weights exists in half precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_sparse_(

@@ -32,6 +32,7 @@ from gmoe_ltdr.routing import Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.vlm.cached_decisions import decisions_in, with_decisions
 from gmoe_ltdr.vlm.decoder import make_sparse_
+from gmoe_ltdr.vlm.generation import check_generation, info_of_beams, prompt_shape
 from gmoe_ltdr.vlm.modality import TokenModality, modality_map
 
 try:
@@ -110,6 +111,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         spec = config.spec  # what is wrong with it is said before a large model is made
         super().__init__(config)
         self.token_modality = TokenModality()
+        self._prompt_length: int | None = None  # while `generate` runs
         make_sparse_(self.decoder, spec, token_modality=self.token_modality)
         # Routing is float32 whatever the rest of the model is, and so are its parameters. Said
         # here, as a class attribute would be checked before there is a router; and name by name,
@@ -159,6 +161,11 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if labels is not None:
             # what is to be answered chooses, and not the answer
             prompt_BS = (tokens == int(Modality.LANGUAGE)) & (labels == -100)
+            context = replace(context, instruction_BL=prompt_BS)
+        elif self._prompt_length is not None and tokens.shape[1] > self._prompt_length:
+            # generated without a cache: what was generated does not choose either
+            prompt_BS = tokens == int(Modality.LANGUAGE)
+            prompt_BS[:, self._prompt_length :] = False
             context = replace(context, instruction_BL=prompt_BS)
         depth = len(self.decoder.layers)  # type: ignore[arg-type]
         names = list(sequence_routers(self))
@@ -222,26 +229,26 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's, except that a prompt is not taken in chunks.
+        """As any model's; with a router or tail rule that looks at a whole prompt, not in chunks,
+        and with one that compares what is generated with what was there, not without a cache.
 
         Raises:
-            ValueError: `prefill_chunk_size`, with a tail rule that looks at a whole image, or a
-                router that looks at a whole prompt.
+            ValueError: `prefill_chunk_size` or `use_cache=False` where that would change what the
+                model does.
         """
-        config = kwargs.get("generation_config") or self.generation_config
-        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        spec = self.config.spec
-        if chunk is not None and self._decides_per_sequence:
-            raise ValueError(
-                f"prefill_chunk_size={chunk} would let the first part of a prompt choose the "
-                f"experts, and router {spec.router!r} looks at the whole of it; leave it out"
+        spec, per_sequence = self.config.spec, self._decides_per_sequence
+        check_generation(spec, kwargs, self.generation_config, per_sequence=per_sequence)
+        prompt = prompt_shape(args, kwargs)
+        before = self._prompt_length, self.token_modality.image_info
+        if prompt is not None:
+            num_rows, self._prompt_length = prompt
+            self.token_modality.image_info = info_of_beams(
+                before[1], kwargs, self.generation_config, num_rows=num_rows
             )
-        if chunk is not None and spec.activates_tail and spec.tail_rule.eval_scope != "ema":
-            raise ValueError(
-                f"prefill_chunk_size={chunk} would cut images apart, and the tail rule compares "
-                "the tokens of a whole one; leave it out, or use TailRule(eval_scope='ema')"
-            )
-        return super().generate(*args, **kwargs)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._prompt_length, self.token_modality.image_info = before
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any

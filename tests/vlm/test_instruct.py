@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 from gmoe_ltdr import collect_routing
-from tests.vlm.llavas import PAD, questions, sparse_llava
+from tests.vlm.llavas import IMAGE, PAD, questions, sparse_llava
 
 NO_TAIL = {"preset": "gmoe_dar", "router": "instruct"}
 
@@ -84,6 +84,18 @@ def test_generate(options):
     alone = {name: value[1:] for name, value in batch.items()}
     again = model.generate(**alone, **generation, **options)
     assert torch.equal(again[0, :15], first[1, :15])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("seed", range(3))
+def test_without_a_cache_the_prompt_still_decides_alone(options, seed):
+    model, batch = sparse_llava(**NO_TAIL), questions(seed=seed)
+    generation = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, **options}
+    generation["suppress_tokens"] = [IMAGE]  # of which LLaVA would want to know the picture
+    cached = model.generate(**batch, **generation)
+    assert torch.equal(model.generate(**batch, **generation, use_cache=False), cached)
+    # a forward of its own over the same tokens is no generation: there, all words are the prompt
+    assert model._prompt_length is None
 
 
 def test_prompts_are_not_cut_up():

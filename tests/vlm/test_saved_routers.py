@@ -85,8 +85,19 @@ def test_in_half_precision_counts_and_flags_stay_what_they_are(router, tmp_path)
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     expected = logits_of(half, batch)
     assert torch.isfinite(expected).all()
-    # and again from a folder that says bfloat16, in which nobody asks for it
+    # and again from a folder that says bfloat16, which nobody repeats
     half.save_pretrained(tmp_path / "half")
-    twin = load(tmp_path / "half")
+    twin = load(tmp_path / "half", dtype="auto")  # the default since transformers 5
     assert twin.lm_head.weight.dtype == torch.bfloat16
     assert torch.equal(logits_of(twin, batch), expected)
+
+
+def test_made_where_half_precision_is_the_default():
+    """As loaders do it; the weights of some routers could not even be drawn in it."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = sparse_llava(preset="dynamic", num_experts=4, router_options={})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    types = {".router." in name: p.dtype for name, p in model.named_parameters()}
+    assert types == {True: torch.float32, False: torch.bfloat16}

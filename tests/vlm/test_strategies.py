@@ -163,6 +163,28 @@ def test_a_task_is_that_of_the_forward_it_was_set_for():
         assert torch.equal(grad, expected[name]), name
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_every_beam_has_its_rows_embedding(options, use_cache):
+    """CLUSTER: one embedding a row is told, and generation makes several rows of one."""
+    centroids = torch.eye(3)
+    settings = {"num_clusters": 3, "embedding_dim": 3}
+    model = sparse_llava(preset="baseline", router="cluster", router_options=settings)
+    for layer in moe_layers(model).values():
+        layer.router.set_centroids_(centroids)
+        torch.nn.init.normal_(layer.router.gate.weight, std=3.0)
+    batch, embeddings = questions(), 2 * centroids[[0, 2]]
+    generation = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache, **options}
+    generation["suppress_tokens"] = [IMAGE]
+    set_image_info(model, embedding_BD=embeddings)
+    found = model.generate(**batch, **generation).view(2, -1, 15)
+    assert torch.equal(model.token_modality.image_info["embedding_BD"], embeddings)
+    for row in range(2):
+        set_image_info(model, embedding_BD=embeddings[row : row + 1])
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        assert torch.equal(model.generate(**alone, **generation), found[row])
+
+
 class TestIAT:
     spec = vlm_preset("ltdr", tail_rule=TailRule(kind="attention", value=0.5))
 
@@ -228,6 +250,23 @@ class TestIAT:
             found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         for name, grad in found[0].items():
             torch.testing.assert_close(grad, found[1][name], msg=name)
+
+    def test_generated_words_do_not_ask(self):
+        """Without a cache the words of the answer are in the same forward as the question's."""
+        model, told = self.eager(), []
+        for layer in moe_layers(model).values():
+            layer.router.register_forward_hook(
+                lambda _router, _inputs, plan: told.append(plan.tail_mask_T.view(2, -1))
+            )
+        options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}
+        for seed in range(4):
+            told.clear()
+            model.generate(**questions(seed=seed), **options, use_cache=False)
+            prompt, later = told[:2], told[2:]
+            assert any(mask.any() for mask in prompt)
+            assert len(later) == 2 * 5
+            for number, mask in enumerate(later):
+                assert torch.equal(mask[:, :11], prompt[number % 2])
 
     def test_saved_and_loaded(self, tmp_path):
         from gmoe_ltdr.vlm.transformers import LTDRLlavaForConditionalGeneration

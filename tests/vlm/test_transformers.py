@@ -1,5 +1,7 @@
 """LTDR in Hugging Face's LLaVA: the dense model's function, generation, checkpoints, training."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -215,6 +217,34 @@ def test_generation_from_embeddings():
 def test_chunks_of_a_prompt_are_refused():
     with pytest.raises(ValueError, match="prefill_chunk_size=4 would cut images apart"):
         sparse_llava().generate(**questions(), prefill_chunk_size=4, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"preset": "swapped"}, "the tail rule compares words with each other"),
+        ({"preset": "ltdr_expert_choice"}, "'expert_choice' chooses among all tokens"),
+        (
+            {"capacity_factor": 1.0, "router_options": {"eval_capacity": "batch"}},
+            "experts have a capacity in evaluation",
+        ),
+        (
+            {
+                "preset": "baseline",
+                "router": "task_hard",
+                "router_options": {"num_tasks": 2, "unseen": "nearest"},
+            },
+            "goes by the mean of all tokens",
+        ),
+    ],
+)
+def test_what_compares_words_needs_a_cache(settings, reason):
+    model, batch = sparse_llava(**settings), questions()
+    config = copy.deepcopy(model.generation_config)
+    config.use_cache = False
+    for options in ({"use_cache": False}, {"generation_config": config}):
+        with pytest.raises(ValueError, match=f"{reason}.*; leave use_cache at True"):
+            model.generate(**batch, max_new_tokens=1, **options)
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():
