@@ -22,7 +22,8 @@ time: launching it again goes on with unfinished jobs and leaves finished ones a
 """
 EXAMPLES = """\
 commands:
-  launch              run what is not done yet, failed jobs included (the default)
+  launch              run what is not done yet, failed jobs included, those that diverged left out
+                      (the default)
   status              say what is done, how far running jobs are and why others failed, and stop
   resume              run what was begun and interrupted, and nothing new
   retry_failed        run failed jobs again, from their last checkpoint; with --diverged also those

@@ -18,6 +18,7 @@ from domainbed_ext.exit_status import (
     EXIT_USAGE,
 )
 from domainbed_ext.hparams import VIT_ALGORITHMS
+from domainbed_ext.job_files import has_checkpoint
 from domainbed_ext.job_locks import JobBusyError
 from domainbed_ext.jobs import Job, JobState, delete_job, looks_alive
 from domainbed_ext.launchers import REGISTRY, Launcher
@@ -179,7 +180,10 @@ def _launch(
         chosen_folders = {job.output_dir for job in chosen}
         alive = [folder for folder in _alive(states) if folder in chosen_folders]
         print_alive(alive, what="if somebody is, do not go on:")
-        going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in chosen)
+        going_on = sum(
+            states[job.output_dir] is not JobState.DIVERGED and has_checkpoint(job.output_dir)
+            for job in chosen
+        )
         remark = f", {going_on} of them from their last checkpoint" if going_on else ""
         _confirm(f"About to run {len(chosen)} jobs in {args.output_dir}{remark}.", args)
         if not launcher.only_shows:

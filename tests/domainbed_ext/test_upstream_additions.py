@@ -78,6 +78,12 @@ def test_algorithms_are_ours_under_their_names(enter):
     assert algorithms.ERM.__module__ == "domainbed.algorithms"
 
 
+def test_the_guide_lists_them_all():
+    guide = (ROOT / "docs" / "domainbed.md").read_text(encoding="utf-8")
+    (row,) = [line for line in guide.splitlines() if line.startswith("| `algorithms` |")]
+    assert [name for name in VIT_ALGORITHMS if f"`{name}`" not in row] == []
+
+
 def test_everything_survives_a_reload(enter):
     load = enter()
     modules = [load(name) for name in ("algorithms", "datasets", "hparams_registry", "networks")]
