@@ -11,7 +11,7 @@ from domainbed_ext.jobs import ALIVE_MINUTES
 from domainbed_ext.launchers import REGISTRY
 from domainbed_ext.plan import add_plan_flags
 from domainbed_ext.tracking import add_tracker_flags
-from domainbed_ext.train_args import TASKS, TrainArgs
+from domainbed_ext.train_args import TASKS, TrainArgs, dataset_spelling
 
 LAUNCHING = ("launch", "resume", "retry_failed")
 
@@ -102,6 +102,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--datasets",
         nargs="+",
+        type=dataset_spelling,
         metavar="DATASET",
         help="default: all that are found, the Debug ones left out",
     )
