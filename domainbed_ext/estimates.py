@@ -6,13 +6,13 @@ a third of a step per image, a step being a forward and a backward pass, which c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from domainbed_ext.datasets import get_dataset_class, num_environments
-from domainbed_ext.jobs import Job, JobState
+from domainbed_ext.jobs import Job
 from domainbed_ext.records import RECORDS_FILE, Record, read_records
 
 FORWARD_SHARE = 1 / 3
@@ -35,22 +35,19 @@ class Pace:
     image: float
 
 
-def measured_pace(
-    jobs: Sequence[Job], states: Mapping[Path, JobState], *, device: str | None
-) -> Pace | None:
-    """The pace of jobs of one data set and algorithm; None if none is done that can tell.
+def measured_pace(folders: Iterable[Path], *, device: str | None) -> Pace | None:
+    """The pace of jobs of one data set and algorithm; None if none of them can tell.
 
     Args:
-        jobs: All of them, done or not.
-        states: Of the jobs, by folder.
+        folders: Of jobs that are done.
         device: Where it counts; None: wherever most of them ran.
     """
     steps: dict[str, list[float]] = {}
     images: dict[str, list[float]] = {}
-    for job in jobs:
+    for folder in folders:
         # a job's first record is left out: its steps warm up
-        timed = [r for r in _records(job) if r["step"] and "step_time" in r]
-        if states[job.output_dir] is not JobState.DONE or not timed:
+        timed = [r for r in _records(folder) if r["step"] and "step_time" in r]
+        if not timed:
             continue
         name = str((timed[-1].get("provenance") or {}).get("device", "unknown"))
         step = median(record["step_time"] for record in timed)
@@ -73,7 +70,7 @@ def seconds_left(job: Job, pace: Pace, *, num_images: int) -> float:
     kind = get_dataset_class(job.args.dataset)
     num_steps = job.args.steps or kind.N_STEPS
     freq = job.args.checkpoint_freq or kind.CHECKPOINT_FREQ
-    records = _records(job)
+    records = _records(job.output_dir)
     first = records[-1]["step"] + 1 if records else 0
     with_record = {step for step in range(0, num_steps, freq) if step >= first} | {num_steps - 1}
     return (num_steps - first) * pace.step + len(with_record) * num_images * pace.image
@@ -85,6 +82,6 @@ def _images_per_step(record: Record) -> int:
     return num_domains * record["hparams"]["batch_size"]
 
 
-def _records(job: Job) -> list[Record]:
-    path = job.output_dir / RECORDS_FILE
+def _records(folder: Path) -> list[Record]:
+    path = folder / RECORDS_FILE
     return read_records(path) if path.exists() else []

@@ -60,6 +60,12 @@ def tidy_up(folder: Path) -> None:
     remove_unfinished(folder)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in this folder would go on rather than begin."""
+    names = (CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE)
+    return any((folder / name).exists() for name in names)
+
+
 def mark_failed(folder: Path, *, reason: str, message: str, step: int | None = None) -> None:
     """Says that the job stopped for good.
 

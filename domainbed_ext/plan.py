@@ -6,7 +6,8 @@ A sweep that says by which methods models will be selected has only the jobs tha
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from domainbed_ext.datasets import num_environments
@@ -52,8 +53,15 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """The jobs in DomainBed's order, with DomainBed's arguments and so DomainBed's folder names."""
+def make_jobs(
+    args: argparse.Namespace, *, num_domains: Mapping[str, int] = MappingProxyType({})
+) -> list[Job]:
+    """The jobs in DomainBed's order, with DomainBed's arguments and so DomainBed's folder names.
+
+    Args:
+        args: The parsed flags of a sweep.
+        num_domains: Of data sets that are not here and cannot be asked.
+    """
     if args.n_trials < 1 or args.n_hparams <= args.n_hparams_from or args.n_hparams_from < 0:
         raise UsageError(
             f"--n_trials {args.n_trials} --n_hparams_from {args.n_hparams_from} --n_hparams "
@@ -75,7 +83,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     }
     for trial_seed in range(args.n_trials):
         for dataset in dict.fromkeys(args.datasets):
-            choices = list(test_env_choices(dataset, args))
+            choices = list(test_env_choices(dataset, args, num_domains.get(dataset)))
             for algorithm in dict.fromkeys(args.algorithms):
                 for test_envs in choices:
                     for hparams_seed in range(args.n_hparams_from, args.n_hparams):
@@ -103,9 +111,11 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def test_env_choices(dataset: str, args: argparse.Namespace) -> Iterator[list[int]]:
+def test_env_choices(
+    dataset: str, args: argparse.Namespace, num_domains: int | None
+) -> Iterator[list[int]]:
     """The test domains of each job: each alone, then with each later one; last, none (ceiling)."""
-    num = num_environments(dataset)
+    num = num_domains or num_environments(dataset)
     wanted = set(range(num) if args.test_envs is None else args.test_envs)
     if not wanted <= set(range(num)):
         raise UsageError(

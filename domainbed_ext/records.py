@@ -180,18 +180,22 @@ def count_jobs(folder: str | os.PathLike[str]) -> JobCount:
     """Counts the job folders of a sweep: unfinished lack the file `done`, failed have `failed`."""
     folder = _existing_folder(folder)
     with _named_if_unreadable(folder):
-        children = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
-        jobs = [
-            child
-            for child in children
-            if any((child / name).is_file() for name in _JOB_FILES)
-            or (child is not folder and _JOB_NAME.fullmatch(child.name))
-        ]
+        jobs = [folder] if _has_job_file(folder) else []
+        jobs += job_folders(folder)
         finished = [job for job in jobs if (job / DONE_FILE).is_file()]
         unfinished = [job for job in jobs if job not in finished]
         failed = [job.name for job in unfinished if (job / _FAILED_FILE).is_file()]
         empty = [job.name for job in finished if not _has_content(job / RECORDS_FILE)]
     return JobCount(len(jobs), [job.name for job in unfinished], failed, empty)
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """The folders of jobs below a sweep's, in order of their names."""
+    return [
+        child
+        for child in sorted(folder.iterdir())
+        if child.is_dir() and (_JOB_NAME.fullmatch(child.name) or _has_job_file(child))
+    ]
 
 
 def group_records(records: Sequence[Record]) -> list[RecordGroup]:
@@ -234,6 +238,10 @@ def _named_if_unreadable(path: str | os.PathLike[str]) -> Iterator[None]:
             f"cannot read {error.filename or path}: {error.strerror or error}; make it readable, "
             "or move that job's folder elsewhere"
         ) from None
+
+
+def _has_job_file(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _JOB_FILES)
 
 
 def _has_content(path: Path) -> bool:

@@ -11,7 +11,7 @@ from domainbed_ext.jobs import ALIVE_MINUTES
 from domainbed_ext.launchers import REGISTRY
 from domainbed_ext.plan import add_plan_flags
 from domainbed_ext.tracking import add_tracker_flags
-from domainbed_ext.train_args import TASKS, TrainArgs
+from domainbed_ext.train_args import TASKS, TrainArgs, dataset_spelling
 
 LAUNCHING = ("launch", "resume", "retry_failed")
 
@@ -22,7 +22,8 @@ time: launching it again goes on with unfinished jobs and leaves finished ones a
 """
 EXAMPLES = """\
 commands:
-  launch              run what is not done yet, failed jobs included (the default)
+  launch              run what is not done yet, failed jobs included, those that diverged left out
+                      (the default)
   status              say what is done, how far running jobs are and why others failed, and stop
   resume              run what was begun and interrupted, and nothing new
   retry_failed        run failed jobs again, from their last checkpoint; with --diverged also those
@@ -101,6 +102,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--datasets",
         nargs="+",
+        type=dataset_spelling,
         metavar="DATASET",
         help="default: all that are found, the Debug ones left out",
     )

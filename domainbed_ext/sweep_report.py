@@ -47,6 +47,7 @@ def print_estimate(
     jobs: Sequence[Job],
     states: States,
     *,
+    others: Mapping[tuple[str, str], Sequence[Path]],
     num_images: Mapping[str, int],
     device: str | None,
     at_once: int | None,
@@ -57,6 +58,8 @@ def print_estimate(
         chosen: What would be run.
         jobs: All jobs of the sweep; those that are done tell the pace.
         states: Of all jobs, by folder.
+        others: Folders of finished jobs of other flags, by data set and algorithm: they tell the
+            pace where no job of the sweep does.
         num_images: By data set.
         device: What the jobs would run on; None: not known here.
         at_once: How many would run side by side; None: not known here.
@@ -67,7 +70,11 @@ def print_estimate(
     total, without = 0.0, 0
     for kind, of_kind in _by_kind(chosen).items():
         name = f"{kind[0]}, {kind[1]}: {len(of_kind)} jobs"
-        pace = measured_pace(_by_kind(jobs)[kind], states, device=device)
+        own = [job.output_dir for job in _by_kind(jobs)[kind]]
+        done = [folder for folder in own if states[folder] is JobState.DONE]
+        pace, remark = measured_pace(done, device=device), ""
+        if pace is None:
+            pace, remark = measured_pace(others.get(kind, ()), device=device), ", of other flags"
         if pace is None:
             without += len(of_kind)
             where = "" if device is None else f" on {device}"
@@ -79,7 +86,7 @@ def print_estimate(
         total += seconds
         print(
             f"  {name}, about {format_seconds(seconds / len(of_kind))} each on {pace.device} (from "
-            f"{pace.num_jobs} that are done)"
+            f"{pace.num_jobs} that are done{remark})"
         )
     if not total:
         print("How long that takes shows once the first jobs are done.")

@@ -69,6 +69,7 @@ class TrainArgs:
     hparams_per_trial: str = "drawn"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", dataset_spelling(self.dataset))
         object.__setattr__(self, "test_envs", tuple(self.test_envs))
         object.__setattr__(self, "output_dir", str(self.output_dir))
         if self.hparams is not None and not isinstance(self.hparams, str):
@@ -103,6 +104,20 @@ class TrainArgs:
         return flags
 
 
+def dataset_spelling(name: str) -> str:
+    """The name of a data set as jobs have it.
+
+    ``folder:PATH`` and ``manifest:FILE`` lose what a shell's completion adds, "./" before and "/"
+    behind; names and seeds of jobs are made of the rest as it stands.
+    """
+    kind, colon, path = name.partition(":")
+    if kind not in ("folder", "manifest") or not colon:
+        return name
+    while path.startswith("./") and path.strip("./"):
+        path = path[2:].lstrip("/")
+    return f"{kind}:{path.rstrip('/') or path[:1]}"
+
+
 def job_label(args: TrainArgs) -> str:
     """A few words for displays: "LTDR on RotatedDigits, test 0"."""
     tested = " ".join(map(str, args.test_envs)) if args.test_envs else "none (all domains trained)"
@@ -113,6 +128,8 @@ def job_label(args: TrainArgs) -> str:
 def run_identity(args: Mapping[str, Any], hparams: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two runs the same run, from a record's "args" and "hparams"."""
     identity = {name: value for name, value in args.items() if name not in _NOT_IDENTITY}
+    if isinstance(identity.get("dataset"), str):  # of a run from before spellings were made equal
+        identity["dataset"] = dataset_spelling(identity["dataset"])
     return {**identity, **{f"hparams.{name}": value for name, value in hparams.items()}}
 
 

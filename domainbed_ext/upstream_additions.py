@@ -22,7 +22,12 @@ import numpy as np
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import VIT_ALGORITHMS, hparam_names, hparam_pairs, validate_hparams
 from domainbed_ext.upstream_job_lock import hold_job, refuse_if_busy
-from domainbed_ext.upstream_programs import datasets_asked_for, program, train_flags
+from domainbed_ext.upstream_programs import (
+    datasets_asked_for,
+    program,
+    records_to_tabulate,
+    train_flags,
+)
 
 # What the additions need of each module of a checkout.
 NEEDED: dict[str, tuple[str, ...]] = {
@@ -202,12 +207,22 @@ def _num_steps(dataset: str) -> int:
 
 def _add_datasets(module: Any) -> None:
     from domainbed_ext.datasets import get_dataset_class
-    from domainbed_ext.upstream_datasets import EmojiDGIsElsewhere, dataset_in_checkout
+    from domainbed_ext.upstream_datasets import (
+        EmojiDGIsElsewhere,
+        dataset_in_checkout,
+        recorded_dataset,
+    )
 
-    for name in (*DIGITS, *datasets_asked_for()):
-        if not _is_theirs(module, name):
+    recorded = records_to_tabulate()
+    asked_for = [name for name in datasets_asked_for() if name not in recorded]
+    for name in (*DIGITS, *recorded, *asked_for):
+        if _is_theirs(module, name):
+            continue
+        if name in recorded:
+            setattr(module, name, recorded_dataset(name, recorded[name]))
+        else:
             setattr(module, name, dataset_in_checkout(get_dataset_class(name)))
-            _list_name(module.DATASETS, name)
+        _list_name(module.DATASETS, name)
     for name in ("EmojiDG", "EmojiDG6"):
         if not hasattr(module, name):
             setattr(module, name, EmojiDGIsElsewhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch.utils.data import Dataset
 
 from domainbed_ext.datasets.base import Environment, Transform
 from domainbed_ext.errors import UsageError
+from domainbed_ext.records import Record
+from domainbed_ext.table_names import environment_names
 from domainbed_ext.upstream_programs import train_flags
+
+_logger = logging.getLogger(__name__)
 
 
 class TransformedEnvironment(Dataset):
@@ -71,6 +76,29 @@ def _check_batch_size(environment: Environment, batch_size: int) -> None:
             f"batch_size={batch_size}; pass --hparams '{{\"batch_size\": {max(num_images, 1)}}}' "
             "or less"
         )
+
+
+def recorded_dataset(name: str, records: Sequence[Record]) -> type:
+    """What tables ask of a data set, as its records say: the images may be on another machine, and
+    their folders may have other names by now.
+
+    Args:
+        name: Of the data set.
+        records: Of its runs.
+    """
+    try:
+        names = environment_names(name, records)
+    except UsageError as error:
+        _logger.warning("gmoe-ltdr: %s", error)
+        named = [(record.get("provenance") or {}).get("environments") for record in records]
+        count = max(len(names or ()) for names in named)
+        names = [f"env{number}" for number in range(count)]
+    return type(name, (_Recorded,), {"ENVIRONMENTS": tuple(names), "__module__": __name__})
+
+
+class _Recorded:
+    def __init__(self, *args: Any) -> None:
+        raise UsageError(f"{type(self).__name__} is known from records alone, without images")
 
 
 _ELSEWHERE = (

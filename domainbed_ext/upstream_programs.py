@@ -9,8 +9,10 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-_PLACES = ("folder:", "manifest:")
+PLACES = ("folder:", "manifest:")
+_TABULATING = ("collect_results", "list_top_hparams")
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,26 @@ def train_flags() -> TrainFlags:
 
 
 def datasets_asked_for() -> list[str]:
-    """The ``folder:PATH`` and ``manifest:FILE`` that the command line, or the records that it wants
-    in tables, name: DomainBed looks data sets up among the names of a module."""
+    """The ``folder:PATH`` and ``manifest:FILE`` that the command line names: DomainBed looks data
+    sets up among the names of a module."""
     if program() is None:
         return []
     names = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
-    if program() == "collect_results":
-        names += _datasets_of_records(_parse(("--input_dir", str, None)).input_dir)
-    return [name for name in dict.fromkeys(names) if name.startswith(_PLACES)]
+    return [name for name in dict.fromkeys(names) if name.startswith(PLACES)]
+
+
+def records_to_tabulate() -> dict[str, list[dict[str, Any]]]:
+    """The first record of each job that a program makes tables of, by ``folder:PATH`` or
+    ``manifest:FILE``; nothing in other programs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    folder = _parse(("--input_dir", str, None)).input_dir if program() in _TABULATING else None
+    for file in sorted(Path(folder).glob("*/results.jsonl")) if folder else []:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(file) as lines:
+            record = json.loads(lines.readline())
+            name = str(record["args"]["dataset"])
+            if name.startswith(PLACES):
+                found.setdefault(name, []).append(record)
+    return {name: found[name] for name in sorted(found)}
 
 
 def _parse(*flags: tuple[str, type, object]) -> argparse.Namespace:
@@ -70,11 +84,3 @@ def _parse(*flags: tuple[str, type, object]) -> argparse.Namespace:
         nargs = "+" if isinstance(default, tuple) else None
         parser.add_argument(name, type=kind, default=default, nargs=nargs)
     return parser.parse_known_args(sys.argv[1:])[0]
-
-
-def _datasets_of_records(folder: str | None) -> list[str]:
-    names = set()
-    for file in sorted(Path(folder).glob("*/results.jsonl")) if folder else []:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(file) as lines:
-            names.add(str(json.loads(lines.readline())["args"]["dataset"]))
-    return sorted(names)

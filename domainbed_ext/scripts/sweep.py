@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from domainbed_ext.datasets import DATASETS, FoundDataset, find_datasets
+from domainbed_ext.datasets import DATASETS, FoundDataset, find_datasets, get_dataset_class
 from domainbed_ext.errors import UsageError
 from domainbed_ext.exit_status import (
     EXIT_FAILED,
@@ -17,10 +18,17 @@ from domainbed_ext.exit_status import (
     EXIT_USAGE,
 )
 from domainbed_ext.hparams import VIT_ALGORITHMS
+from domainbed_ext.job_files import has_checkpoint
 from domainbed_ext.job_locks import JobBusyError
 from domainbed_ext.jobs import Job, JobState, delete_job, looks_alive
 from domainbed_ext.launchers import REGISTRY, Launcher
 from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
+from domainbed_ext.other_jobs import (
+    finished_by_kind,
+    other_jobs,
+    other_jobs_lines,
+    recorded_num_domains,
+)
 from domainbed_ext.plan import make_jobs, pruning_words
 from domainbed_ext.stop_signals import Stopped, stops_on_signals
 from domainbed_ext.sweep_flags import LAUNCHING, build_parser
@@ -74,13 +82,18 @@ def sweep(args: argparse.Namespace) -> int:
     args.datasets = args.datasets or [
         item.name for item in found if "Debug" not in item.name and _usable(item)
     ]
-    jobs = make_jobs(args)
+    jobs = make_jobs(args, num_domains=_num_domains_of_absent(args))
     for job in {(job.args.algorithm, job.args.dataset): job for job in jobs}.values():
-        check_args(job.args)
+        with _warns_unless_it_launches(args):
+            check_args(job.args)
     states = {job.output_dir: job.state for job in jobs}
     _print_data(args, found, name_absent=choose_all)
     print_jobs(jobs, states)
     for line in pruning_words(args, len(jobs)):
+        print(line)
+    launches = args.command in LAUNCHING and not args.dry_run
+    others = {} if launches else other_jobs(Path(args.output_dir), jobs)
+    for line in other_jobs_lines(Path(args.output_dir), states, others):
         print(line)
     if args.command == "status":
         print_running(jobs, states)
@@ -94,12 +107,36 @@ def sweep(args: argparse.Namespace) -> int:
             chosen_jobs(args.command, jobs, states, diverged=args.diverged),
             jobs,
             states,
+            others=finished_by_kind(others),
             num_images={item.name: item.num_images for item in found},
             device=_device_here(args) if launcher.runs_here else None,
             at_once=launcher.num_at_once([job.args for job in jobs]),
         )
         return EXIT_OK
     return _launch(jobs, states, launcher, args)
+
+
+def _num_domains_of_absent(args: argparse.Namespace) -> dict[str, int]:
+    """What records say of folders of images that are not on this machine; nothing if jobs are to be
+    launched, which need the images."""
+    try:
+        for name in args.datasets:
+            get_dataset_class(name)
+    except UsageError:
+        if args.command not in LAUNCHING:
+            return recorded_num_domains(Path(args.output_dir))
+    return {}
+
+
+@contextlib.contextmanager
+def _warns_unless_it_launches(args: argparse.Namespace) -> Iterator[None]:
+    """What jobs need, data above all, may be lacking where one only looks after them."""
+    try:
+        yield
+    except UsageError as error:
+        if args.command in LAUNCHING:
+            raise
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def _print_data(
@@ -116,11 +153,12 @@ def _print_data(
     absent = [name for name in DATASETS if name not in by_name]
     missing = [name for name in args.datasets if name in absent]
     if missing:
-        raise UsageError(
-            f"{', '.join(missing)} not found in the data folder {args.data_dir}; get it with "
-            f"`ltdr download {missing[0]} --data_dir {args.data_dir}`, or name its "
-            "folder with --data_dir"
-        )
+        with _warns_unless_it_launches(args):
+            raise UsageError(
+                f"{', '.join(missing)} not found in the data folder {args.data_dir}; get it with "
+                f"`ltdr download {missing[0]} --data_dir {args.data_dir}`, or name its "
+                "folder with --data_dir"
+            )
     if absent and name_absent:
         print(
             f"not found in {args.data_dir}, so not used: {', '.join(absent)} (see `ltdr download "
@@ -142,7 +180,10 @@ def _launch(
         chosen_folders = {job.output_dir for job in chosen}
         alive = [folder for folder in _alive(states) if folder in chosen_folders]
         print_alive(alive, what="if somebody is, do not go on:")
-        going_on = sum(states[job.output_dir] is JobState.INCOMPLETE for job in chosen)
+        going_on = sum(
+            states[job.output_dir] is not JobState.DIVERGED and has_checkpoint(job.output_dir)
+            for job in chosen
+        )
         remark = f", {going_on} of them from their last checkpoint" if going_on else ""
         _confirm(f"About to run {len(chosen)} jobs in {args.output_dir}{remark}.", args)
         if not launcher.only_shows:

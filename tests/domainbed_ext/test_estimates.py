@@ -36,10 +36,6 @@ def job(folder, number, *, recorded=(), done=False, step_time=0.3, device="H100"
     return made
 
 
-def states(jobs):
-    return {item.output_dir: item.state for item in jobs}
-
-
 def test_the_pace_is_that_of_finished_jobs_on_one_device(tmp_path):
     jobs = [
         job(tmp_path, 0, recorded=(0, 100), done=True, step_time=0.3),
@@ -51,11 +47,13 @@ def test_the_pace_is_that_of_finished_jobs_on_one_device(tmp_path):
     ]
     # the median of three; two training domains with 8 images each make 16 images a step
     expected = Pace("H100", 3, 0.6, pytest.approx(0.6 / 16 / 3))
-    assert measured_pace(jobs, states(jobs), device=None) == expected
-    assert measured_pace(jobs, states(jobs), device="H100") == expected
-    assert measured_pace(jobs, states(jobs), device="cpu").step == 7.0
-    assert measured_pace(jobs, states(jobs), device="A100") is None
-    assert measured_pace(jobs[4:], states(jobs), device=None) is None
+    done = [item.output_dir for item in jobs if item.state is JobState.DONE]
+    assert len(done) == 5
+    assert measured_pace(done, device=None) == expected
+    assert measured_pace(done, device="H100") == expected
+    assert measured_pace(done, device="cpu").step == 7.0
+    assert measured_pace(done, device="A100") is None
+    assert measured_pace(done[4:], device=None) is None
 
 
 @pytest.mark.parametrize(
@@ -105,6 +103,18 @@ def test_a_dry_run_tells_what_can_be_told_and_runs_nothing(tmp_path, capsys):
     assert "Debug28, ERM_ViT: 6 jobs, nothing to estimate from" in said
     together = "Together about 8 min of computing, 4 min with 2 at once, and 6 jobs more of which"
     assert together in said
+
+
+def test_jobs_of_another_length_tell_the_pace_too(tmp_path, capsys):
+    changes = {"steps": 41, "data_dir": "data"}
+    job(tmp_path, 0, recorded=(0, 20, 40), done=True, device="cpu", **changes)
+    flags = [*FLAGS, "--algorithms", "LTDR", "--output_dir", str(tmp_path)]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    # as above, now six times 91.5 s
+    line = "Debug28, LTDR: 6 jobs, about 2 min each on cpu (from 1 that are done, of other flags)"
+    assert line in said
+    assert "Together about 9 min of computing" in said
 
 
 def test_a_dry_run_deletes_nothing(tmp_path, capsys):

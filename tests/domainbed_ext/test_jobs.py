@@ -17,7 +17,8 @@ from domainbed_ext.job_files import make_folder, mark_done, mark_failed
 from domainbed_ext.job_locks import JobBusyError, job_lock
 from domainbed_ext.jobs import Job, JobState, delete_job, taken_by_others
 from domainbed_ext.scripts.train import parse_args
-from domainbed_ext.train_args import TrainArgs
+from domainbed_ext.sweep_flags import build_parser
+from domainbed_ext.train_args import TrainArgs, run_identity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +95,36 @@ def test_folder_names_are_domainbeds(algorithm, seed, name):
 )
 def test_command_lines_say_the_same(args):
     assert parse_args(args.command_line()) == args
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("folder:imgs/cc", "folder:imgs/cc"),
+        ("folder:imgs/cc/", "folder:imgs/cc"),
+        ("folder:./imgs/cc//", "folder:imgs/cc"),
+        ("folder:.//./imgs/cc", "folder:imgs/cc"),
+        ("manifest:./a.csv", "manifest:a.csv"),
+        # these are left as they are: other spellings are other jobs
+        ("folder:../imgs/cc", "folder:../imgs/cc"),
+        ("folder:/abs/imgs/./cc", "folder:/abs/imgs/./cc"),
+        ("folder:.hidden", "folder:.hidden"),
+        ("folder:./", "folder:."),
+        ("folder:./..", "folder:./.."),
+        ("folder:/", "folder:/"),
+        ("folder:", "folder:"),
+        ("PACS", "PACS"),
+    ],
+)
+def test_what_completion_adds_to_a_path_makes_no_other_job(typed, name):
+    assert TrainArgs(dataset=typed).dataset == name
+    sweep = build_parser().parse_args(["--datasets", typed, "PACS"])
+    assert sweep.datasets == [name, "PACS"]
+
+
+def test_a_run_from_before_goes_on_under_the_shorter_name():
+    found = run_identity({"dataset": "folder:imgs/cc/", "seed": 1}, {})
+    assert found == run_identity({"dataset": "folder:imgs/cc", "seed": 1}, {})
 
 
 def test_states(tmp_path):

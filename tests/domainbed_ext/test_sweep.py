@@ -173,6 +173,27 @@ def test_resume_launches_what_was_interrupted_and_nothing_new(tmp_path, capsys, 
     assert "Nothing to launch." in capsys.readouterr().out
 
 
+def test_those_with_a_checkpoint_are_said_to_go_on_from_it(tmp_path, capsys):
+    flags = [*DEBUG, "--algorithms", "ERM_ViT", "LTDR", "--output_dir", str(tmp_path)]
+    flags += ["--command_launcher", "dummy"]
+    folders = job_folders(tmp_path, flags)
+    for folder in folders[:4]:
+        folder.mkdir()
+        (folder / "lock").touch()
+    (folders[0] / "results.jsonl").touch()  # of DomainBed's own training: no checkpoint
+    (folders[1] / "checkpoint.safetensors").touch()
+    (folders[2] / "checkpoint.previous.safetensors").touch()
+    mark_failed(folders[2], reason="error", message="broken")
+    mark_failed(folders[3], reason="diverged", message="nan")
+    (folders[3] / "checkpoint.safetensors").touch()
+    main(flags)
+    expected = f"About to run 5 jobs in {tmp_path}, 2 of them from their last checkpoint."
+    assert expected in capsys.readouterr().out
+    main(["retry_failed", "--diverged", *flags])
+    expected = f"About to run 2 jobs in {tmp_path}, 1 of them from their last checkpoint."
+    assert expected in capsys.readouterr().out
+
+
 def test_retry_failed_goes_on_with_failed_jobs_and_starts_diverged_ones_afresh(
     tmp_path, capsys, in_process
 ):

@@ -78,6 +78,12 @@ def test_algorithms_are_ours_under_their_names(enter):
     assert algorithms.ERM.__module__ == "domainbed.algorithms"
 
 
+def test_the_guide_lists_them_all():
+    guide = (ROOT / "docs" / "domainbed.md").read_text(encoding="utf-8")
+    (row,) = [line for line in guide.splitlines() if line.startswith("| `algorithms` |")]
+    assert [name for name in VIT_ALGORITHMS if f"`{name}`" not in row] == []
+
+
 def test_everything_survives_a_reload(enter):
     load = enter()
     modules = [load(name) for name in ("algorithms", "datasets", "hparams_registry", "networks")]
@@ -300,6 +306,42 @@ def test_tables_list_everything(enter, run_as, tmp_path):
     assert load("algorithms").ALGORITHMS == ["ERM", "Fish", *VIT_ALGORITHMS]
     assert load("datasets").DATASETS[2:] == ["RotatedDigits", "ColoredDigits", f"folder:{place}"]
     assert load("datasets").get_dataset_class(f"folder:{place}").ENVIRONMENTS == ("day", "night")
+
+
+@pytest.mark.parametrize("script", ["collect_results", "list_top_hparams"])
+def test_tables_name_the_domains_of_the_records(enter, run_as, tmp_path, caplog, script):
+    """The images are elsewhere, or their folders have other names than when they were run."""
+    place = _pictures(tmp_path / "pictures")
+    recorded = {
+        "folder:gone": {"provenance": {"environments": ["b", "a"]}},
+        f"folder:{place}": {"provenance": {"environments": ["noon", "night"]}},
+        "manifest:gone.csv": {"env0_out_acc": 0.5, "env1_out_acc": 0.5, "env2_out_acc": 0.5},
+    }
+    for number, (name, keys) in enumerate(recorded.items()):
+        folder = tmp_path / "sweep" / str(number)
+        folder.mkdir(parents=True)
+        line = json.dumps({"args": {"dataset": name}, **keys})
+        (folder / "results.jsonl").write_text(line + "\n")
+    run_as(script, "--input_dir", tmp_path / "sweep", "--dataset", "folder:gone")
+    datasets = enter()("datasets")
+    names = {name: datasets.get_dataset_class(name).ENVIRONMENTS for name in recorded}
+    assert [*names.values()] == [("b", "a"), ("noon", "night"), ("env0", "env1", "env2")]
+    assert {*recorded} <= {*datasets.DATASETS}
+    assert not caplog.records
+
+
+def test_tables_of_records_that_disagree_have_neutral_names(enter, run_as, tmp_path, caplog):
+    for name in ("day", "noon"):
+        record = {"args": {"dataset": "folder:x"}, "provenance": {"environments": [name, "night"]}}
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        (tmp_path / "sweep" / name / "results.jsonl").write_text(json.dumps(record) + "\n")
+    run_as("collect_results", "--input_dir", tmp_path / "sweep")
+    found = enter()("datasets").get_dataset_class("folder:x")
+    assert found.ENVIRONMENTS == ("env0", "env1")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("gmoe-ltdr: records of folder:x disagree on its environments: ")
+    with pytest.raises(UsageError, match="folder:x is known from records alone"):
+        found("data", [0], {})
 
 
 def test_a_folder_that_is_not_there_costs_one_line(enter, run_as, caplog):
