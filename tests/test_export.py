@@ -33,6 +33,7 @@ ONNX_SPECS = {
     "ltdr": preset("ltdr"),
     "gmoe": preset("gmoe"),
     "deepseek": preset("deepseek_1x1.0+3x1.0"),
+    "expert_choice": preset("ltdr_expert_choice"),
     "quantile": preset("ltdr", tail_rule=TailRule(kind="quantile", value=0.2)),
     "attention": preset("ltdr", tail_rule=TailRule(kind="attention")),
 }
