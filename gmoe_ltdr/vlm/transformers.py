@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from gmoe_ltdr.collect import collect_routing, moe_layers
 from gmoe_ltdr.decoding import reuse_decisions, sequence_decisions, sequence_routers
-from gmoe_ltdr.experts import StackedExperts
 from gmoe_ltdr.losses import balance_loss
 from gmoe_ltdr.routing import Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
@@ -267,12 +266,25 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         given["context_fn"] = _with_tokens(self.token_modality, given.get("context_fn"))
         super().gradient_checkpointing_enable(given, **options)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # StackedExperts hold no nn.Linear, which is all that LLaVA would know to initialise
-        if isinstance(module, StackedExperts):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As any model's, but for what a folder lacks of a sparse layer: nobody would initialise
+        that, since transformers asks the text model to, which does not know such layers.
+
+        Raises:
+            ValueError: The folder lacks weights or buffers of a sparse layer.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        prefixes = tuple(f"{name}." for name in moe_layers(model))
+        missing = sorted(name for name in info["missing_keys"] if name.startswith(prefixes))
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of its sparse layers: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; its moe_spec is "
+                "not what it was saved with, or a file is missing"
+            )
+        return (model, info) if output_loading_info else model
 
 
 def _with_signature_of_llava(forward: Callable) -> Callable:

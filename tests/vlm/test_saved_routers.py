@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from gmoe_ltdr import available_routers, moe_layers
@@ -101,3 +102,14 @@ def test_made_where_half_precision_is_the_default():
         torch.set_default_dtype(torch.float32)
     types = {".router." in name: p.dtype for name, p in model.named_parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_what_a_folder_lacks_of_a_sparse_layer_is_not_made_up(tmp_path):
+    sparse_llava().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = ("layers.0.mlp.experts.fc1_weight", "layers.2.mlp.router.gate.weight")
+    kept = {name: value for name, value in tensors.items() if not name.endswith(lost)}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 2 tensors .*{lost[0]}, .*{lost[1]};"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
