@@ -47,6 +47,7 @@ from gmoe_ltdr.vlm.moe_llava_layers import (
 _log = logging.getLogger(__name__)
 
 REPAIRS = ("aux_checkpointing", "batch_of_three")
+_WITHOUT_TOP_K = ("dynamic", "task_hard")  # routers that never look at it
 _CLASSES = {
     "moe_llava_stablelm": ("llava_stablelm_moe", "EvalMoELLaVAStablelmForCausalLM"),
     "moe_llava_phi": ("llava_phi_moe", "EvalMoELLaVAPhiForCausalLM"),
@@ -238,7 +239,7 @@ def _spec_for_host(spec: MoESpec | str, mlps: Sequence[Any], host: Any) -> MoESp
         if top_k is not None:
             numbers["top_k"] = int(top_k)
         return vlm_preset(spec, **numbers)
-    if top_k is not None and spec.top_k != top_k:
+    if top_k is not None and spec.top_k != top_k and spec.router not in _WITHOUT_TOP_K:
         _log.warning(
             "the spec's top_k=%d replaces the model's top_k_experts=%d, which changes what the "
             "model computes; a preset's name in place of the spec keeps it",

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmoe_ltdr.collect import collect_routing, moe_layers
@@ -218,6 +219,9 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         ids_BS = input_ids if input_ids is not None else embeds[:, :, 0]
         if ids_BS.shape[1] == 1:  # decoding; masks may describe the prompt as well
             return torch.full_like(ids_BS, int(LANGUAGE), dtype=torch.uint8)
+        if vision_mask is not None and self._prompt_length == vision_mask.shape[1]:
+            # generated without a cache: the mask describes the prompt, and what follows is language
+            vision_mask = F.pad(vision_mask, (0, ids_BS.shape[1] - vision_mask.shape[1]))
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         return modality_map(
             ids_BS,

@@ -538,6 +538,9 @@ class TestNumbersOfTheHost:
         first, second = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
         assert "the spec's top_k=2 replaces the model's top_k_experts=1" in first
         assert "the spec's num_experts=6 is not used: the model's layers have 4, 4" in second
+        caplog.clear()
+        convert_moe_llava(golden_host(), vlm_preset("baseline", router="dynamic", top_k=1))
+        assert not any("top_k" in r.getMessage() for r in caplog.records)  # it has none
 
 
 class TestRefusals:

@@ -87,6 +87,15 @@ def test_off_equals_the_original(family, residual, k):
     assert torch.equal(output_of(fresh).logits, expected.logits)
 
 
+def test_a_presets_name_takes_top_k_from_the_model():
+    for k in (1, 2):
+        model = convert_moe_llava(
+            model_of("stablelm", moe={"top_k_experts": k}), "baseline", "deepspeed"
+        )
+        gates = [m.gate for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
+        assert [gate.spec.top_k for gate in gates] == [k, k]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_alone_is_plain_top_k(family):
     """With LTDR on, and no image."""

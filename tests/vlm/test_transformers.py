@@ -214,6 +214,17 @@ def test_generation_from_embeddings():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generation_with_a_mask_of_the_prompt(options):
+    model, batch = sparse_llava(), questions()
+    options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE], **options}
+    expected = model.generate(**batch, **options)
+    vision = batch["input_ids"] == IMAGE
+    for use_cache in (True, False):
+        found = model.generate(**batch, **options, vision_mask=vision, use_cache=use_cache)
+        assert torch.equal(found, expected)
+
+
 def test_chunks_of_a_prompt_are_refused():
     with pytest.raises(ValueError, match="prefill_chunk_size=4 would cut images apart"):
         sparse_llava().generate(**questions(), prefill_chunk_size=4, max_new_tokens=1)
