@@ -47,7 +47,7 @@ def measured_pace(folders: Iterable[Path], *, device: str | None) -> Pace | None
     for folder in folders:
         # a job's first record is left out: its steps warm up
         timed = [r for r in _records(folder) if r["step"] and "step_time" in r]
-        if not timed:
+        if not timed or "batch_size" not in (timed[-1].get("hparams") or {}):
             continue
         name = str((timed[-1].get("provenance") or {}).get("device", "unknown"))
         step = median(record["step_time"] for record in timed)

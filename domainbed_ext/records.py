@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from domainbed_ext.atomic_files import write_atomically, writing
 from domainbed_ext.errors import UsageError
+from domainbed_ext.seeds import is_job_name
 
 Record = dict[str, Any]
 RECORDS_FILE = "results.jsonl"
@@ -28,7 +28,6 @@ REQUIRED_ARGS = ("algorithm", "dataset", "hparams_seed", "test_envs", "trial_see
 _logger = logging.getLogger(__name__)
 _FAILED_FILE = "failed"
 _JOB_FILES = (RECORDS_FILE, DONE_FILE, _FAILED_FILE, "lock", "out.txt", "err.txt")
-_JOB_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def job_folders(folder: Path) -> list[Path]:
     return [
         child
         for child in sorted(folder.iterdir())
-        if child.is_dir() and (_JOB_NAME.fullmatch(child.name) or _has_job_file(child))
+        if child.is_dir() and (is_job_name(child.name) or _has_job_file(child))
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 
 
@@ -30,3 +31,8 @@ def job_hash(train_args: Mapping[str, object]) -> str:
     """
     text = json.dumps(dict(train_args), sort_keys=True)
     return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
+
+
+def is_job_name(name: str) -> bool:
+    """Whether it is of the form that `job_hash` gives."""
+    return re.fullmatch(r"[0-9a-f]{32}", name) is not None

@@ -164,8 +164,8 @@ def print_alive(folders: Sequence[Path], *, what: str) -> None:
         return
     print(
         f"{len(folders)} job folders look alive: written to in the last {ALIVE_MINUTES} minutes, "
-        "and no lock says that nobody is at work (DomainBed's own training takes none where "
-        f"DOMAINBED_EXT is off); {what}",
+        "and no lock says that nobody is at work. DomainBed's own sweep makes all folders before "
+        f"it starts, and its training takes no lock where DOMAINBED_EXT is off; {what}",
         *folders[:_MOST_FOLDERS],
         *([f"and {len(folders) - _MOST_FOLDERS} more"] if len(folders) > _MOST_FOLDERS else []),
         sep="\n    ",

@@ -21,7 +21,7 @@ import numpy as np
 
 from domainbed_ext.errors import UsageError
 from domainbed_ext.hparams import VIT_ALGORITHMS, hparam_names, hparam_pairs, validate_hparams
-from domainbed_ext.upstream_job_lock import hold_job, refuse_if_busy
+from domainbed_ext.upstream_job_lock import hold_job, leave_to_others
 from domainbed_ext.upstream_programs import (
     datasets_asked_for,
     program,
@@ -54,7 +54,7 @@ def extend(module: ModuleType) -> None:
     """Adds to one module of a checkout. Running it again changes nothing.
 
     Raises:
-        SystemExit: The job that this process was to run is in use by another; nothing else.
+        SystemExit: The job that this process was to run is another's, or done; nothing else.
     """
     name = module.__name__.rpartition(".")[2]
     try:
@@ -169,7 +169,7 @@ def _check_teacher(hparams: Mapping[str, Any]) -> None:
 
 
 def _add_hparams(module: Any) -> None:
-    refuse_if_busy()
+    leave_to_others()
     original = _without_addition(module._hparams)
 
     @functools.wraps(original)

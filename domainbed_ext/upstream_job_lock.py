@@ -14,23 +14,32 @@ import sys
 from pathlib import Path
 
 from domainbed_ext.distributed import asked_rank
-from domainbed_ext.exit_status import EXIT_BUSY
+from domainbed_ext.exit_status import EXIT_BUSY, EXIT_OK
+from domainbed_ext.job_files import DONE_FILE
 from domainbed_ext.job_locks import JobBusyError, is_locked, job_lock
+from domainbed_ext.seeds import is_job_name
 from domainbed_ext.upstream_programs import program, train_flags
 
 _logger = logging.getLogger(__name__)
 _held: set[Path] = set()  # asking whether one's own lock is held would give it away
 
 
-def refuse_if_busy() -> None:
-    """Ends a train program whose job another process runs, before it writes to that one's files.
+def leave_to_others() -> None:
+    """Ends a train program whose job another process runs or, while a sweep had it wait, has
+    finished: before it writes to that one's files.
 
     Raises:
-        SystemExit: With `EXIT_BUSY`.
+        SystemExit: With `EXIT_BUSY`, or `EXIT_OK` if the job is done.
     """
     folder = _folder_of_this_run()
-    if folder is not None and folder not in _held and is_locked(folder):
+    if folder is None or folder in _held:
+        return
+    if is_locked(folder):
         _leave(f"{folder} is in use by another process")
+    # What is run by hand, in a folder of any name, DomainBed runs again.
+    if is_job_name(folder.name) and (folder / DONE_FILE).exists():
+        print(f"{folder} is done already", file=sys.stderr)
+        raise SystemExit(EXIT_OK)
 
 
 def hold_job() -> None:

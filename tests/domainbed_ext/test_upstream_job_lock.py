@@ -87,6 +87,18 @@ def test_a_job_that_is_done_has_no_lock(train, tmp_path):
         pass
 
 
+@pytest.mark.parametrize(("name", "runs"), [("0123456789abcdef" * 2, False), ("by hand", True)])
+def test_a_sweeps_job_that_others_have_done_is_not_run_again(train, tmp_path, name, runs):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "done").touch()
+    waited = train("--output_dir", folder)
+    said, errors = waited.communicate("finish")
+    assert waited.returncode == 0
+    assert (folder / "err.txt").exists() == bool(said) == runs
+    assert errors == ("" if runs else f"{folder} is done already\n")
+
+
 def test_asking_for_help_makes_no_folder(train, tmp_path):
     asked = train("--output_dir", tmp_path / "job", "--help")
     asked.communicate()
