@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from domainbed_ext.datasets import DATASETS, FoundDataset, find_datasets, get_dataset_class
+from domainbed_ext.datasets import find_datasets
 from domainbed_ext.errors import UsageError
 from domainbed_ext.exit_status import (
     EXIT_FAILED,
@@ -23,14 +22,15 @@ from domainbed_ext.job_locks import JobBusyError
 from domainbed_ext.jobs import Job, JobState, delete_job, looks_alive
 from domainbed_ext.launchers import REGISTRY, Launcher
 from domainbed_ext.launching import chosen_jobs, clear_failure, commands_of, launch_in_rounds
-from domainbed_ext.other_jobs import (
-    finished_by_kind,
-    other_jobs,
-    other_jobs_lines,
-    recorded_num_domains,
-)
+from domainbed_ext.other_jobs import finished_by_kind, other_jobs, other_jobs_lines
 from domainbed_ext.plan import make_jobs, pruning_words
 from domainbed_ext.stop_signals import Stopped, stops_on_signals
+from domainbed_ext.sweep_data import (
+    check_jobs,
+    default_datasets,
+    num_domains_of_absent,
+    print_data,
+)
 from domainbed_ext.sweep_flags import LAUNCHING, build_parser
 from domainbed_ext.sweep_report import (
     count_words,
@@ -42,7 +42,6 @@ from domainbed_ext.sweep_report import (
     print_running,
 )
 from domainbed_ext.torchrun import check_algorithms
-from domainbed_ext.train_checks import check_args
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -79,15 +78,11 @@ def sweep(args: argparse.Namespace) -> int:
     check_algorithms(args.algorithms, ranks=args.gpus_per_job, trainable=VIT_ALGORITHMS)
     found = find_datasets(args.data_dir)
     choose_all = not args.datasets
-    args.datasets = args.datasets or [
-        item.name for item in found if "Debug" not in item.name and _usable(item)
-    ]
-    jobs = make_jobs(args, num_domains=_num_domains_of_absent(args))
-    for job in {(job.args.algorithm, job.args.dataset): job for job in jobs}.values():
-        with _warns_unless_it_launches(args):
-            check_args(job.args)
+    args.datasets = args.datasets or default_datasets(found)
+    jobs = make_jobs(args, num_domains=num_domains_of_absent(args))
+    check_jobs(jobs, args)
     states = {job.output_dir: job.state for job in jobs}
-    _print_data(args, found, name_absent=choose_all)
+    print_data(args, found, name_absent=choose_all)
     print_jobs(jobs, states)
     for line in pruning_words(args, len(jobs)):
         print(line)
@@ -114,56 +109,6 @@ def sweep(args: argparse.Namespace) -> int:
         )
         return EXIT_OK
     return _launch(jobs, states, launcher, args)
-
-
-def _num_domains_of_absent(args: argparse.Namespace) -> dict[str, int]:
-    """What records say of folders of images that are not on this machine; nothing if jobs are to be
-    launched, which need the images."""
-    try:
-        for name in args.datasets:
-            get_dataset_class(name)
-    except UsageError:
-        if args.command not in LAUNCHING:
-            return recorded_num_domains(Path(args.output_dir))
-    return {}
-
-
-@contextlib.contextmanager
-def _warns_unless_it_launches(args: argparse.Namespace) -> Iterator[None]:
-    """What jobs need, data above all, may be lacking where one only looks after them."""
-    try:
-        yield
-    except UsageError as error:
-        if args.command in LAUNCHING:
-            raise
-        print(f"warning: {error}", file=sys.stderr)
-
-
-def _print_data(
-    args: argparse.Namespace, found: Sequence[FoundDataset], *, name_absent: bool
-) -> None:
-    by_name = {item.name: item for item in found}
-    for name in dict.fromkeys(args.datasets):
-        item = by_name.get(name)
-        if item is None:
-            continue
-        where = "embedded" if item.path is None else str(item.path)
-        problem = f"; {item.problem}" if item.problem else ""
-        print(f"{name}: {item.num_images} images, {where}{problem}")
-    absent = [name for name in DATASETS if name not in by_name]
-    missing = [name for name in args.datasets if name in absent]
-    if missing:
-        with _warns_unless_it_launches(args):
-            raise UsageError(
-                f"{', '.join(missing)} not found in the data folder {args.data_dir}; get it with "
-                f"`ltdr download {missing[0]} --data_dir {args.data_dir}`, or name its "
-                "folder with --data_dir"
-            )
-    if absent and name_absent:
-        print(
-            f"not found in {args.data_dir}, so not used: {', '.join(absent)} (see `ltdr download "
-            "--help`)"
-        )
 
 
 def _launch(
@@ -271,10 +216,6 @@ def _confirm(what: str, args: argparse.Namespace) -> None:
     if input("Are you sure? (y/n) ").strip().lower()[:1] != "y":
         print("Nothing done.")
         raise SystemExit(EXIT_OK)
-
-
-def _usable(item: FoundDataset) -> bool:
-    return item.num_images > 0
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ def test_nor_does_a_folder_of_images_that_was_trained_on_elsewhere(tmp_path, cap
         for name in ("cat", "dog"):
             (tmp_path / "images" / domain / name).mkdir(parents=True)
             (tmp_path / "images" / domain / name / "1.png").touch()
-    flags = "--datasets folder:images --algorithms LTDR --n_hparams 1 --n_trials 1".split()
+    flags = "--datasets folder:images --algorithms LTDR GMOE --n_hparams 1 --n_trials 1".split()
     jobs = run(tmp_path / "sweep", *flags)
-    assert len(jobs) == 6
+    assert len(jobs) == 12
     shutil.rmtree(tmp_path / "images")
     place = ["--output_dir", str(tmp_path / "sweep")]
     assert main(["status", *flags, *place]) == 2  # the records do not say how many domains
@@ -105,4 +105,5 @@ def test_nor_does_a_folder_of_images_that_was_trained_on_elsewhere(tmp_path, cap
     assert "folder:images" in captured.out
     assert "other flags" not in captured.out
     assert captured.err.startswith("warning: no data set folder at images")
+    assert captured.err.count("warning") == 1  # though two algorithms lack it
     assert main(["launch", *flags, *place]) == 2
