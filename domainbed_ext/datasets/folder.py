@@ -119,11 +119,6 @@ def checked_index(paths: Mapping[str, Mapping[str, Sequence[str]]], source: str)
     if not any(files for classes in paths.values() for files in classes.values()):
         suffixes = " ".join(IMAGE_SUFFIXES)
         raise UsageError(f"no images in {source}; {LAYOUT}, with one of the endings {suffixes}")
-    names = {name for classes in paths.values() for name in classes}
-    if len(names) == 1:
-        raise UsageError(
-            f"{source} holds only the class {names.pop()!r}; there is nothing to tell it from"
-        )
     first, *others = paths
     for domain in others:
         extra = sorted(set(paths[domain]) - set(paths[first]))
@@ -254,4 +249,7 @@ def dataset_class_for(name: str) -> type[IndexedDataset]:
         raise UsageError(f"data set {name!r} names no place; write {kind}:PATH")
     path = Path(place).expanduser()
     index = scan_folder(path) if kind == "folder" else read_manifest(path)
+    if len(index.class_names) == 1:
+        only = index.class_names[0]
+        raise UsageError(f"{path} holds only the class {only!r}; there is nothing to tell it from")
     return type(name, (IndexedDataset,), {"INDEX": index, "ENVIRONMENTS": tuple(index.domains)})

@@ -108,7 +108,7 @@ def test_one_class_is_refused(tmp_path):
         (tmp_path / domain / "cat").mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / domain / "cat" / "0.png")
     with pytest.raises(UsageError, match="holds only the class 'cat'; there is nothing to tell"):
-        scan_folder(tmp_path)
+        get_dataset_class(f"folder:{tmp_path}")
 
 
 def test_empty_folder_is_refused(tmp_path):
