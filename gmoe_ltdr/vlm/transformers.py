@@ -31,6 +31,8 @@ from gmoe_ltdr.losses import balance_loss
 from gmoe_ltdr.routing import Modality, Routing, TokenContext
 from gmoe_ltdr.spec import MoESpec
 from gmoe_ltdr.vlm.cached_decisions import decisions_in, with_decisions
+from gmoe_ltdr.vlm.call_arguments import cache_of, cached_length, share_of_targets, token_mask
+from gmoe_ltdr.vlm.checkpointing import with_tokens
 from gmoe_ltdr.vlm.decoder import make_sparse_
 from gmoe_ltdr.vlm.generation import check_generation, info_of_beams, prompt_shape
 from gmoe_ltdr.vlm.modality import TokenModality, modality_map
@@ -156,7 +158,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if return_dict is None:
             return_dict = self.config.return_dict
         call = (input_ids, pixel_values, attention_mask)
-        labels, cache = kwargs.get("labels"), _cache(kwargs)
+        labels, cache = kwargs.get("labels"), cache_of(kwargs)
         context = TokenContext(tokens)
         if labels is not None:
             # what is to be answered chooses, and not the answer
@@ -169,7 +171,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             context = replace(context, instruction_BL=prompt_BS)
         depth = len(self.decoder.layers)  # type: ignore[arg-type]
         names = list(sequence_routers(self))
-        decided = decisions_in(cache, names, depth=depth) if _cached_length(kwargs) else None
+        decided = decisions_in(cache, names, depth=depth) if cached_length(kwargs) else None
         is_prompt = decided is None and bool(names)
         balances = labels is not None or (self.training and torch.is_grad_enabled())
         watches = balances or is_prompt
@@ -182,16 +184,16 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 with reuse_decisions(self, decided or {}), watched as routings:
                     output = super().forward(*call, return_dict=True, **kwargs)
         values = dict(output)
-        if is_prompt and _cache(values) is not None:
+        if is_prompt and cache_of(values) is not None:
             # nothing lives as long as the prompt is known but the cache, so that keeps it
-            with_decisions(_cache(values), sequence_decisions(self, routings), depth=depth)
+            with_decisions(cache_of(values), sequence_decisions(self, routings), depth=depth)
         if balances:
             spec, device = self.config.spec, values["logits"].device
             # layer by layer, since layers may be on different devices
             per_layer = [balance_loss([routing], spec).to(device) for routing in routings.values()]
             values["aux_loss"] = torch.stack(per_layer).sum()
             if labels is not None:
-                values["loss"] = values["loss"] + _share_of_targets(kwargs) * values["aux_loss"]
+                values["loss"] = values["loss"] + share_of_targets(kwargs) * values["aux_loss"]
             elif _has_balance_loss(spec, routings):
                 warnings.warn(_NOT_IN_A_LOSS, stacklevel=2)
         output = LTDRLlavaOutput(**values)
@@ -226,7 +228,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return modality_map(
             ids_BS,
             self.config.image_token_id,
-            _token_mask(attention_mask, ids_BS.shape[1], _cached_length(kwargs)),
+            token_mask(attention_mask, ids_BS.shape[1], cached_length(kwargs)),
             has_images=pixel_values is not None or encoded is not None,
             vision_mask=vision_mask,
         )
@@ -267,7 +269,7 @@ class LTDRLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 "use_reentrant=True would leave the balance loss without gradient; use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        given["context_fn"] = _with_tokens(self.token_modality, given.get("context_fn"))
+        given["context_fn"] = with_tokens(self.token_modality, given.get("context_fn"))
         super().gradient_checkpointing_enable(given, **options)
 
     @classmethod
@@ -375,71 +377,3 @@ def _has_balance_loss(spec: MoESpec, routings: Mapping[str, Routing]) -> bool:
     weights = spec.router_options.get("balance_weights") or {"all": spec.balance_weight}
     balances = spec.balance != "none" and any(weights.values())
     return balances or any(plan.router_losses for plan in routings.values())
-
-
-def _share_of_targets(kwargs: Mapping[str, Any]) -> Tensor | float:
-    """This forward's part of the targets that one optimizer step sees.
-
-    `Trainer` says how many there are (`num_items_in_batch`) and divides nothing itself.
-    """
-    total = kwargs.get("num_items_in_batch")
-    if total is None:
-        return 1.0
-    targets = kwargs.get("shift_labels")
-    if targets is None:
-        targets = kwargs["labels"][..., 1:]  # what the first token is, nothing predicts
-    num_targets = (targets != -100).sum()
-    return num_targets / (total.to(num_targets.device) if isinstance(total, Tensor) else total)
-
-
-def _token_mask(attention_mask: Any, length: int, cached: int) -> Tensor | None:
-    """Which of the last `length` tokens are no padding, (B, S); None: all.
-
-    A static cache brings masks of shape (batch, 1, queries, keys), or one per kind of attention.
-    There, padding is what may not look at itself.
-    """
-    if isinstance(attention_mask, Mapping):
-        attention_mask = next(iter(attention_mask.values()))
-    if attention_mask is None or attention_mask.dim() != 4:
-        return attention_mask
-    own_BSS = attention_mask[:, 0, :, cached : cached + length]
-    own_BS = own_BSS.diagonal(dim1=-2, dim2=-1)
-    return own_BS if own_BS.dtype == torch.bool else own_BS == 0
-
-
-def _cache(values: Mapping[str, Any]) -> Any:
-    """Of arguments or of an output; its name differs between versions of transformers."""
-    return values.get("cache", values.get("past_key_values"))
-
-
-def _cached_length(kwargs: Mapping[str, Any]) -> int:
-    cache = _cache(kwargs)
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _with_tokens(token_modality: TokenModality, context_fn: Callable | None) -> Callable:
-    """A `context_fn` for torch's checkpointing that knows the tokens, around another one."""
-    if context_fn is None:
-        return token_modality.checkpoint_context
-
-    def both() -> tuple[Any, Any]:
-        forward, recompute = context_fn()
-        _, tokens = token_modality.checkpoint_context()
-        return forward, _Nested(tokens, recompute)
-
-    return both
-
-
-class _Nested:
-    """Two contexts as one, any number of times."""
-
-    def __init__(self, outer: Any, inner: Any):
-        self._outer, self._inner = outer, inner
-
-    def __enter__(self) -> None:
-        self._outer.__enter__()
-        self._inner.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._inner.__exit__(*error)
-        self._outer.__exit__(*error)
