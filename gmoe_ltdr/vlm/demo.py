@@ -2,8 +2,8 @@
 
 One dense model learns to see, from questions and as many descriptions; from it every variant goes
 on in the same way, several seeds each. What this shows: that everything trains, and what routers do
-with words and with image tokens. What it does not show: that one variant is better. At the default
-steps and seeds, the accuracies of one variant's seeds differed by more than those of variants.
+with words and with image tokens. What it does not show: that one variant is better; it says how far
+apart variants lie, and how far the seeds of one.
 
 Shapes: N questions, S tokens, V words.
 """
